@@ -1,0 +1,80 @@
+"""Finds the compiled extension ``fastddp._C``, or says why it is not used.
+
+The extension holds torch's C++ classes by value, so it only works with the torch it was compiled
+against: with another one it may crash rather than raise. The version recorded at build time is
+therefore compared *before* the library is opened. Nothing happens until :func:`load` is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+HOW_TO_BUILD = "install g++, then run `pip install --no-build-isolation .` in fastddp's source tree"
+
+
+class BuildInfo(NamedTuple):
+    """What ``setup.py`` wrote into ``fastddp/_build_info.py``."""
+
+    torch: str | None
+    cuda: str | None
+    archs: str | None
+    compiler: str | None
+    failed: str | None
+
+
+def build_info() -> BuildInfo | None:
+    """Returns what was recorded when fastddp was built, or None if it never was."""
+    try:
+        module = importlib.import_module("fastddp._build_info")
+    except ModuleNotFoundError:
+        return None
+    return BuildInfo(module.TORCH, module.CUDA, module.ARCHS, module.COMPILER, module.FAILED)
+
+
+def load() -> ModuleType | None:
+    """Returns ``fastddp._C``, or None if it cannot be used here; :func:`why_not` then says why."""
+    return _find()[0]
+
+
+def why_not() -> str | None:
+    """Returns why the extension is not used, with the next step, or None if it is."""
+    return _find()[1]
+
+
+@functools.cache
+def warn_once() -> None:
+    """Warns, once per process, that the Python engine is used for want of the extension."""
+    warnings.warn(
+        f"fastddp uses its Python engine, because {why_not()}. Results are the same; each step is"
+        " slower, as hooks, bucket copies and launches run one by one under the GIL.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+@functools.cache
+def _find() -> tuple[ModuleType | None, str | None]:
+    import torch  # first: the extension has no path of its own to torch's libraries
+
+    built = build_info()
+    if built is None:
+        return None, f"the extension was never built; {HOW_TO_BUILD}"
+    if built.failed is not None:
+        return None, f"the extension was not built: {built.failed}; to build it, {HOW_TO_BUILD}"
+    running = str(torch.__version__)  # as text: TorchVersion would call 2.13.0 and 2.13.0+cpu equal
+    if built.torch != running:
+        return None, (
+            f"the extension was built for torch {built.torch} and this is torch {running};"
+            " run `pip install --no-build-isolation .` in fastddp's source tree again"
+        )
+    try:
+        return importlib.import_module("fastddp._C"), None
+    except ImportError as error:
+        return None, (
+            f"the extension was built but cannot be loaded ({error});"
+            " run `pip install --no-build-isolation .` in fastddp's source tree again"
+        )

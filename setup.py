@@ -1,0 +1,266 @@
+"""Build of fastddp and of its optional compiled extension, ``fastddp._C``.
+
+Everything else about the package is in pyproject.toml. The environment decides what is built:
+
+FASTDDP_BUILD=auto      (default) try; on failure install without the extension and record why
+FASTDDP_BUILD=require   a failed or impossible build is an error
+FASTDDP_BUILD=0         pure Python
+FASTDDP_CUDA=0|1        default: on when torch has CUDA, nvcc's major version matches it, and there
+                        are kernels to compile
+TORCH_CUDA_ARCH_LIST    default: DEFAULT_ARCHS (torch's own default asks a visible GPU)
+
+The extension only works with the torch it was compiled against. That is why torch is not a build
+requirement (pip would fetch another one into its build environment) and why its version is recorded
+in ``fastddp/_build_info.py``, which the package reads before it loads anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# Bit equality with torch: no fused multiply-add where the source has a multiply and an add.
+CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
+NVCC_FLAGS = ["-O3", "-lineinfo", "-fmad=false"]
+
+
+class CannotBuildError(Exception):
+    """Why there can be no extension here, and the next step."""
+
+
+@dataclass
+class Record:
+    """The contents of ``fastddp/_build_info.py``, the only trace that survives pip's silence."""
+
+    TORCH: str | None = None
+    CUDA: str | None = None
+    ARCHS: str | None = None
+    COMPILER: str | None = None
+    FAILED: str | None = "the build did not finish"
+
+    def write(self, package: Path) -> None:
+        lines = "".join(f"{name} = {value!r}\n" for name, value in asdict(self).items())
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build_info.py").write_text(f"# Written by setup.py.\n{lines}")
+
+
+def setting(name: str, *allowed: str) -> str:
+    """Returns the environment variable ``name``; the first allowed value is the default."""
+    value = os.environ.get(name, allowed[0])
+    if value not in allowed:
+        raise SystemExit(f"fastddp: {name}={value!r} is not one of {', '.join(allowed)}")
+    return value
+
+
+def find_torch() -> ModuleType:
+    """Imports the torch of the environment that is installed into."""
+    # pip's isolated build hides that environment's site-packages; sysconfig still names it.
+    for key in ("purelib", "platlib"):
+        site = sysconfig.get_path(key)
+        if site not in sys.path and Path(site, "torch").is_dir():
+            sys.path.append(site)
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise CannotBuildError(
+            f"torch cannot be imported while building ({error}); install torch, then run"
+            " pip install --no-build-isolation again"
+        ) from None
+
+
+def find_compiler() -> str:
+    """Finds the C++ compiler and makes it the one that torch and setuptools use."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    command = next((name for name in names if shutil.which(shlex.split(name)[0])), None)
+    if command is None:
+        raise CannotBuildError(
+            f"no C++ compiler was found (looked for {', '.join(names)}); install g++"
+            " (Debian, Ubuntu: apt-get install g++) or set CXX"
+        )
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise CannotBuildError(
+            f"Python.h is not in {headers}; install Python's headers"
+            " (Debian, Ubuntu: apt-get install python3-dev)"
+        )
+    os.environ["CXX"] = command
+    return command
+
+
+def first_line(*command: str) -> str:
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return output.partition("\n")[0]
+
+
+def find_cuda(torch_cuda: str | None, kernels: list[str]) -> str | None:
+    """Returns the CUDA toolkit's folder if kernels are to be compiled with it, else None."""
+    wanted = setting("FASTDDP_CUDA", "auto", "0", "1")
+    if wanted == "0":
+        return None
+    try:
+        if torch_cuda is None:
+            raise CannotBuildError("the installed torch is a CPU build; install a CUDA build of it")
+        if not kernels:
+            raise CannotBuildError("there is no .cu file in csrc/kernels; leave FASTDDP_CUDA unset")
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+        nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        if nvcc is None:
+            raise CannotBuildError("nvcc was not found; install the CUDA toolkit or set CUDA_HOME")
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.", version)
+        major = release.group(1) if release else "unknown"
+        if major != torch_cuda.partition(".")[0]:
+            raise CannotBuildError(
+                f"nvcc {nvcc} is of CUDA {major} and torch of CUDA {torch_cuda};"
+                " set CUDA_HOME to a toolkit with torch's major version"
+            )
+    except CannotBuildError as error:
+        if wanted == "1":
+            raise SystemExit(f"fastddp: FASTDDP_CUDA=1, but {error}") from None
+        return None
+    # Ask nvcc where it lives: a wrapper or link on PATH misleads torch's own guess.
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
+    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr + dry.stdout, re.MULTILINE)
+    return os.path.realpath(top.group(1).strip() if top else Path(nvcc).resolve().parent.parent)
+
+
+def sources(*patterns: str) -> list[str]:
+    """Lists sources relative to this folder, as setuptools demands."""
+    found = {path for pattern in patterns for path in HERE.glob(pattern)}
+    return sorted(str(path.relative_to(HERE)) for path in found)
+
+
+def describe_extension(record: Record) -> Extension:
+    """Fills in the record and returns the extension, or raises CannotBuildError."""
+    cpp = sources("csrc/core/*.cpp", "csrc/kernels/*.cpp", "csrc/torch/*.cpp", "csrc/bind/*.cpp")
+    cu = sources("csrc/kernels/*.cu")
+    if not cpp:
+        raise CannotBuildError("there is no C++ source under csrc/; get the complete source tree")
+    torch = find_torch()
+    compiler = find_compiler()
+    cuda_home = find_cuda(torch.version.cuda, cu)
+    record.TORCH = str(torch.__version__)
+    record.COMPILER = first_line(*shlex.split(compiler), "--version")
+    includes = [str(HERE / "csrc")]
+    if cuda_home is None:
+        from torch.utils.cpp_extension import CppExtension
+
+        return CppExtension("fastddp._C", cpp, include_dirs=includes, extra_compile_args=CXX_FLAGS)
+
+    os.environ["CUDA_HOME"] = cuda_home  # read when torch.utils.cpp_extension is imported
+    record.CUDA = torch.version.cuda
+    record.ARCHS = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    from torch.utils.cpp_extension import CUDAExtension
+
+    # Headers that a toolkit may lack and torch's own wheels carry (cusparse.h, nccl.h, ...).
+    site = Path(torch.__file__).parent.parent
+    wheels = [str(folder) for folder in sorted(site.glob("nvidia/*/include"))]
+    return CUDAExtension(
+        "fastddp._C",
+        cpp + cu,
+        include_dirs=[*includes, f"{cuda_home}/include", *wheels],
+        define_macros=[("FASTDDP_CUDA", "1")],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+    )
+
+
+def build_ext_command(record: Record, required: bool) -> type:
+    """Returns the build_ext command that records how the build went."""
+    try:
+        import ninja
+
+        # The virtual environment need not be activated for its ninja to be found.
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    except ImportError:
+        pass
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildExt(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # One folder per Python and torch, kept between builds, also for editable installs.
+            tag = f"{sys.implementation.cache_tag}-torch{record.TORCH}"
+            self.build_temp = str(HERE / "build" / f"objects-{tag}")
+            # setuptools compares time stamps only and would ship an extension made for another
+            # torch. ninja compares commands too, and compiles nothing that is up to date.
+            self.force = True
+
+        def run(self) -> None:
+            inplace = self.inplace
+            package = (HERE if inplace else Path(self.build_lib)) / "fastddp"
+            try:
+                super().run()
+                record.FAILED = None
+            except Exception as error:  # ninja, distutils and a missing tool raise unrelated types
+                if required:
+                    raise
+                record.FAILED = (
+                    f"compiling failed ({type(error).__name__}: {error}); see the compiler's output"
+                    " with pip install -v --no-build-isolation ."
+                )
+                announce(record.FAILED)
+                self.inplace, self.extensions, self.distribution.ext_modules = inplace, [], []
+                for stale in package.glob("_C.*.so"):
+                    stale.unlink()
+            record.write(package)
+
+    return BuildExt
+
+
+def build_py_command(record: Record, pure: bool) -> type:
+    """Returns the build_py command that records, for a pure-Python install, why it is one."""
+
+    class BuildPy(build_py):
+        def run(self) -> None:
+            super().run()
+            if pure:
+                record.write((HERE if self.editable_mode else Path(self.build_lib)) / "fastddp")
+                announce(record.FAILED)
+
+    return BuildPy
+
+
+def announce(reason: str | None) -> None:
+    bar = "*" * 78
+    text = f"fastddp is installed WITHOUT its compiled extension: {reason}"
+    print(f"\n{bar}\n{text}\n{bar}\n", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    mode = setting("FASTDDP_BUILD", "auto", "require", "0")
+    record = Record()
+    extensions = []
+    commands = {}
+    if mode == "0":
+        record.FAILED = "FASTDDP_BUILD=0 asked for a pure-Python install"
+    else:
+        try:
+            extensions = [describe_extension(record)]
+            commands["build_ext"] = build_ext_command(record, required=mode == "require")
+        except CannotBuildError as error:
+            if mode == "require":
+                raise SystemExit(f"fastddp: FASTDDP_BUILD=require, but {error}") from None
+            record.FAILED = str(error)
+    commands["build_py"] = build_py_command(record, pure=not extensions)
+    setup(ext_modules=extensions, cmdclass=commands)
+
+
+if __name__ == "__main__":
+    main()
