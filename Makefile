@@ -1,0 +1,85 @@
+# One command each; `make help` lists them. Everything is installed into $(VENV), nothing elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc)
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# A stamp per torch, so that another TORCH reinstalls and recompiles.
+TORCH_STAMP := $(VENV)/.have-$(subst /,_,$(subst =,_,$(TORCH)))
+CXX_FILES := $(wildcard csrc/*/* tests/cpp/*)
+CMAKE := $(or $(shell command -v cmake),$(abspath $(BIN))/cmake)
+CTEST := $(dir $(CMAKE))ctest
+
+.PHONY: help demo test build lint format cpp-test san bench clean
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.built  ## train a real model on two processes, compared with torch's DDP
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: $(VENV)/.built  ## run the tests, with both engines
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+build: $(VENV)/.built  ## install the package in place and compile its extension
+
+lint: $(VENV)/.dev  ## check style, types, the stub of the extension, and spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest fastddp._C
+	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(CXX_FILES))
+	$(BIN)/codespell
+
+format: $(VENV)/.dev  ## apply the formatters and ruff's safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(CXX_FILES))
+
+# $(call ctest,<folder>,<sanitizers>)
+define ctest
+	$(CMAKE) -S . -B build/$(1) -DFASTDDP_SANITIZE=$(2)
+	$(CMAKE) --build build/$(1) --parallel $(JOBS)
+	$(CTEST) --test-dir build/$(1) --output-on-failure --no-tests=error
+endef
+
+cpp-test: | $(CMAKE)  ## test the torch-free C++ core
+	$(call ctest,cpp)
+
+san: | $(CMAKE)  ## the same under ASan + UBSan, then under TSan
+	$(call ctest,cpp-asan,address$(comma)undefined)
+	$(call ctest,cpp-tsan,thread)
+
+bench: $(VENV)/.built  ## measure against torch's DDP on this machine
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean:  ## remove what was built, but not $(VENV)
+	rm -rf build dist *.egg-info fastddp/_build_info.py fastddp/_C.*.so
+	rm -f $(VENV)/.built $(VENV)/.dev
+
+comma := ,
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(TORCH_STAMP): | $(BIN)/python
+	$(PIP) "$(TORCH)" "setuptools>=77.0.3" ninja
+	@touch $@
+
+$(VENV)/.built: $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/*/*)
+	$(PIP) --no-build-isolation --editable ".[test,examples]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(abspath $(BIN))/cmake: | $(BIN)/python
+	$(PIP) "cmake>=3.22"
