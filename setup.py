@@ -39,12 +39,12 @@ NVCC_FLAGS = ["-O3", "-lineinfo", "-fmad=false"]
 
 
 class CannotBuildError(Exception):
-    """Why there can be no extension here, and the next step."""
+    """Why there can be no extension here; ends with what to do before building again."""
 
 
 @dataclass
 class Record:
-    """The contents of ``fastddp/_build_info.py``, the only trace that survives pip's silence."""
+    """The contents of ``fastddp/_build_info.py``, for pip hides what a build prints."""
 
     TORCH: str | None = None
     CUDA: str | None = None
@@ -77,8 +77,7 @@ def find_torch() -> ModuleType:
         return importlib.import_module("torch")
     except ImportError as error:
         raise CannotBuildError(
-            f"torch cannot be imported while building ({error}); install torch, then run"
-            " pip install --no-build-isolation again"
+            f"torch cannot be imported while building ({error}); install torch"
         ) from None
 
 
@@ -213,7 +212,7 @@ def build_ext_command(record: Record, required: bool) -> type:
                     raise
                 record.FAILED = (
                     f"compiling failed ({type(error).__name__}: {error}); see the compiler's output"
-                    " with pip install -v --no-build-isolation ."
+                    " with `pip install -v` and fix what it names"
                 )
                 announce(record.FAILED)
                 self.inplace, self.extensions, self.distribution.ext_modules = inplace, [], []
@@ -249,7 +248,7 @@ def main() -> None:
     extensions = []
     commands = {}
     if mode == "0":
-        record.FAILED = "FASTDDP_BUILD=0 asked for a pure-Python install"
+        record.FAILED = "FASTDDP_BUILD=0 asked for a pure-Python install; unset it"
     else:
         try:
             extensions = [describe_extension(record)]

@@ -13,7 +13,7 @@ import warnings
 from types import ModuleType
 from typing import NamedTuple
 
-HOW_TO_BUILD = "install g++, then run `pip install --no-build-isolation .` in fastddp's source tree"
+BUILD = "run `pip install --no-build-isolation .` in fastddp's source tree"
 
 
 class BuildInfo(NamedTuple):
@@ -61,20 +61,19 @@ def _find() -> tuple[ModuleType | None, str | None]:
     import torch  # first: the extension has no path of its own to torch's libraries
 
     built = build_info()
+    running = str(torch.__version__)  # as text: TorchVersion would ignore a local part
     if built is None:
-        return None, f"the extension was never built; {HOW_TO_BUILD}"
-    if built.failed is not None:
-        return None, f"the extension was not built: {built.failed}; to build it, {HOW_TO_BUILD}"
-    running = str(torch.__version__)  # as text: TorchVersion would call 2.13.0 and 2.13.0+cpu equal
+        return None, f"the extension was never built; install g++, then {BUILD}"
+    if built.failed is not None:  # the recorded reason ends with what to do first
+        return None, f"the extension was not built: {built.failed}, then {BUILD}"
     if built.torch != running:
         return None, (
             f"the extension was built for torch {built.torch} and this is torch {running};"
-            " run `pip install --no-build-isolation .` in fastddp's source tree again"
+            f" to build it for this one, {BUILD}"
         )
     try:
         return importlib.import_module("fastddp._C"), None
     except ImportError as error:
         return None, (
-            f"the extension was built but cannot be loaded ({error});"
-            " run `pip install --no-build-isolation .` in fastddp's source tree again"
+            f"the extension was built but cannot be loaded ({error}); to build it again, {BUILD}"
         )
