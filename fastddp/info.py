@@ -1,0 +1,147 @@
+"""What is installed here and what :func:`fastddp.wrap` would choose, for people and bug reports."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fastddp import extension
+from fastddp.version import __version__
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something ``wrap`` would choose here, and why."""
+
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.what}  ({self.why})"
+
+
+@dataclass(frozen=True)
+class Info:
+    """The answer of :func:`info`; ``print`` it."""
+
+    version: str
+    torch: str
+    extension: str | None
+    """What the extension was compiled for and with, or None where it is not used."""
+    why_no_extension: str | None
+    engines: tuple[str, ...]
+    backends: tuple[str, ...]
+    """The c10d backends that this torch carries."""
+    cuda_devices: int
+    engine: Choice
+    device: Choice
+    process_group: Choice
+
+    def __str__(self) -> str:
+        rows = {
+            "torch": self.torch,
+            "extension": self.extension or f"not used: {self.why_no_extension}",
+            "engines": ", ".join(self.engines),
+            "c10d backends": ", ".join(self.backends) or "none",
+            "CUDA devices": self.cuda_devices,
+        }
+        choices = {
+            "engine": self.engine,
+            "device": self.device,
+            "process group": self.process_group,
+        }
+        lines = [
+            f"fastddp {self.version}",
+            *(f"  {name:<14} {value}" for name, value in rows.items()),
+            "wrap() would choose",
+            *(f"  {name:<14} {value}" for name, value in choices.items()),
+        ]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Reports what is installed and what :func:`fastddp.wrap` would choose in this process.
+
+    It only asks: no process group is made and no device is opened.
+    """
+    engine, device, process_group = _engine(), _device(), _process_group()
+    return Info(
+        version=__version__,
+        torch=str(torch.__version__),
+        extension=_extension(),
+        why_no_extension=extension.why_not(),
+        engines=("native", "python") if extension.load() else ("python",),
+        backends=_backends(),
+        cuda_devices=torch.cuda.device_count(),
+        engine=engine,
+        device=device,
+        process_group=process_group,
+    )
+
+
+def _extension() -> str | None:
+    built = extension.build_info()
+    if extension.load() is None or built is None:
+        return None
+    cuda = f"CUDA {built.cuda} ({built.archs})" if built.cuda else "no CUDA kernels"
+    return f"built for torch {built.torch}, {cuda}, by {built.compiler}"
+
+
+def _backends() -> tuple[str, ...]:
+    if not dist.is_available():
+        return ()
+    names = dist.Backend.backend_list
+    return tuple(n for n in names if n != "undefined" and dist.is_backend_available(n))
+
+
+def _engine() -> Choice:
+    from fastddp import engine
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the report says the same
+            chosen = engine.choose()
+    except (RuntimeError, ValueError) as error:
+        return Choice("none", str(error))
+    if os.environ.get("FASTDDP_ENGINE"):
+        return Choice(chosen, f"FASTDDP_ENGINE={chosen}")
+    return Choice(chosen, extension.why_not() or "the extension fits this torch")
+
+
+def _device() -> Choice:
+    from fastddp import launch
+
+    if not torch.cuda.is_available():
+        return Choice("cpu", "torch sees no CUDA device")
+    try:
+        local_rank = launch.describe_environment().local_rank
+    except RuntimeError as error:
+        return Choice("none", str(error))
+    if local_rank is None:
+        return Choice("cuda:0", "LOCAL_RANK is not set")
+    return Choice(f"cuda:{local_rank}", f"LOCAL_RANK={local_rank}")
+
+
+def _process_group() -> Choice:
+    from fastddp import launch
+
+    if not dist.is_available():
+        return Choice("none", "this torch was built without torch.distributed")
+    if dist.is_initialized():
+        ranks = f"rank {dist.get_rank()} of {dist.get_world_size()}"
+        return Choice("the default group", f"it exists: {dist.get_backend()}, {ranks}")
+    try:
+        environment = launch.describe_environment()
+    except RuntimeError as error:
+        return Choice("none", str(error))
+    if not environment.launched:
+        return Choice("none", "no launcher set RANK and WORLD_SIZE: one process, nothing to reduce")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    return Choice(
+        f"a new group, {backend}",
+        f"launched as rank {environment.rank} of {environment.world_size}",
+    )
