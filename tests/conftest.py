@@ -1,0 +1,26 @@
+"""What all tests share: the engine fixture."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fastddp import extension
+
+
+@pytest.fixture(params=["native", "python"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Name an engine; both must pass the same tests."""
+    name: str = request.param
+    if name == "native":
+        require_native()
+    return name
+
+
+def require_native() -> None:
+    """Skip the test where the extension is not built, or fail it where CI says that it must be."""
+    if extension.load() is None:
+        if os.environ.get("FASTDDP_REQUIRE_NATIVE") == "1":
+            pytest.fail(f"FASTDDP_REQUIRE_NATIVE=1, but {extension.why_not()}")
+        pytest.skip(f"no native engine: {extension.why_not()}")
