@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -211,9 +212,10 @@ def build_ext_command(record: Record, required: bool) -> type:
             except Exception as error:  # ninja, distutils and a missing tool raise unrelated types
                 if required:
                     raise
+                what = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
                 record.FAILED = (
-                    f"compiling failed ({type(error).__name__}: {error}); see the compiler's output"
-                    " with `pip install -v` and fix what it names"
+                    f"compiling failed ({what}); see the compiler's output with `pip install -v`"
+                    " and fix what it names"
                 )
                 announce(record.FAILED)
                 self.inplace, self.extensions, self.distribution.ext_modules = inplace, [], []
