@@ -58,7 +58,7 @@ san: | $(CMAKE)  ## the same under ASan + UBSan, then under TSan
 	$(call ctest,cpp-tsan,thread)
 
 bench: $(VENV)/.built  ## measure against torch's DDP on this machine
-	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.step $(BENCH_ARGS)
 
 clean:  ## remove what was built, but not $(VENV)
 	rm -rf build dist *.egg-info fastddp/_build_info.py fastddp/_C.*.so

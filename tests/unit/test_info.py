@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastddp import extension
-from fastddp.info import info
+from fastddp import extension, info
 from fastddp.version import __version__
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -113,7 +112,7 @@ def test_an_existing_group_is_taken() -> None:
 
 
 def test_it_opens_no_device() -> None:
-    probe = "import fastddp.info as i, torch; i.info(); assert not torch.cuda.is_initialized()"
+    probe = "import fastddp, torch; fastddp.info(); assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", probe], check=True)
 
 
