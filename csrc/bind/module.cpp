@@ -1,0 +1,93 @@
+// The Python module `fastddp._C`: convert, call, return. `fastddp/_C.pyi` is its stub.
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "kernels/flatten.h"
+#include "torch/reducer.h"
+
+namespace py = pybind11;
+
+namespace fastddp {
+namespace {
+
+DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected a floating point tensor, got ", tensor.scalar_type());
+  }
+}
+
+using Kernel = void (*)(DType, void*, const void*, std::size_t, double);
+
+// Makes a kernel callable on two contiguous CPU tensors, for its tests.
+auto on_tensors(Kernel kernel) {
+  return [kernel](const at::Tensor& dst, const at::Tensor& src, double scale) {
+    TORCH_CHECK_VALUE(dst.is_cpu() && src.is_cpu() && dst.is_contiguous() && src.is_contiguous() &&
+                          dst.sizes() == src.sizes() && dst.scalar_type() == src.scalar_type(),
+                      "expected two contiguous CPU tensors of one shape and dtype");
+    kernel(dtype_of(dst), dst.data_ptr(), src.const_data_ptr(), static_cast<std::size_t>(dst.numel()), scale);
+  };
+}
+
+std::shared_ptr<Reducer> make_reducer(std::vector<at::Tensor> params,
+                                      std::vector<std::string> names,
+                                      const c10::intrusive_ptr<c10d::ProcessGroup>& group,
+                                      std::vector<std::int64_t> caps_bytes) {
+  auto reducer = std::make_shared<Reducer>(std::move(params), std::move(names), group, std::move(caps_bytes));
+  reducer->attach();
+  return reducer;
+}
+
+}  // namespace
+}  // namespace fastddp
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace fastddp;
+  py::module_::import("torch.distributed");  // registers the type ProcessGroup
+
+  py::class_<ParamSpec>(m, "ParamSpec")
+      .def(py::init<std::int64_t, std::int64_t, std::int64_t>(),
+           py::arg("numel"),
+           py::arg("element_bytes"),
+           py::arg("kind"));
+  py::class_<SlotPlan>(m, "SlotPlan")
+      .def_readonly("param", &SlotPlan::param)
+      .def_readonly("offset", &SlotPlan::offset)
+      .def_readonly("numel", &SlotPlan::numel);
+  py::class_<BucketPlan>(m, "BucketPlan")
+      .def_readonly("kind", &BucketPlan::kind)
+      .def_readonly("slots", &BucketPlan::slots)
+      .def_readonly("flags_offset", &BucketPlan::flags_offset)
+      .def_readonly("numel", &BucketPlan::numel);
+  m.def("plan_buckets", &plan_buckets, py::arg("params"), py::arg("order"), py::arg("caps_bytes"));
+
+  m.def("scale_copy", on_tensors(&scale_copy), py::arg("dst"), py::arg("src"), py::arg("scale"));
+  m.def("scale_add", on_tensors(&scale_add), py::arg("dst"), py::arg("src"), py::arg("scale"));
+
+  py::class_<Stats>(m, "Stats")
+      .def_readonly("rounds", &Stats::rounds)
+      .def_readonly("wait_us_total", &Stats::wait_us_total)
+      .def_readonly("wait_us_last", &Stats::wait_us_last)
+      .def_readonly("bytes_per_round", &Stats::bytes_per_round)
+      .def_readonly("num_buckets", &Stats::num_buckets);
+
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<Reducer, std::shared_ptr<Reducer>>(m, "Reducer")
+      .def(py::init(&make_reducer),
+           py::arg("params"),
+           py::arg("names"),
+           py::arg("group"),
+           py::arg("caps_bytes"))
+      .def_property("sync", &Reducer::sync, &Reducer::set_sync)
+      .def("close", &Reducer::close, without_gil)
+      .def("stats", &Reducer::stats, without_gil)
+      .def("plan", &Reducer::plan, without_gil);
+}

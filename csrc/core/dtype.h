@@ -1,0 +1,24 @@
+// The element types a gradient can have. Complex gradients are reduced as pairs of their real type.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastddp {
+
+enum class DType : std::uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+constexpr std::size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+  }
+  return 0;
+}
+
+}  // namespace fastddp

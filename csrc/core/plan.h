@@ -1,0 +1,47 @@
+// Which gradient lies in which bucket, at which offset, and in which order the buckets are reduced.
+//
+// A plan is a pure function of the parameters' sizes, the order in which their gradients arrive and the size caps, so
+// ranks that agree on these agree on every collective. `fastddp/plan.py` is the same function in Python and the two are
+// compared in tests/unit/test_plan.py.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastddp {
+
+// Slots begin at multiples of this, so that a wide load never straddles two gradients.
+inline constexpr std::int64_t kSlotAlignBytes = 16;
+
+struct ParamSpec {
+  std::int64_t numel;          // real elements: a complex parameter counts two for each
+  std::int64_t element_bytes;  // of one real element
+  std::int64_t kind;           // parameters share a bucket only when they are of the same kind (dtype)
+};
+
+struct SlotPlan {
+  std::int64_t param;   // index into the parameters
+  std::int64_t offset;  // in elements from the bucket's start
+  std::int64_t numel;
+
+  bool operator==(const SlotPlan&) const = default;
+};
+
+struct BucketPlan {
+  std::int64_t kind;
+  std::vector<SlotPlan> slots;  // in arrival order
+  std::int64_t flags_offset;    // one element per slot, in slot order
+  std::int64_t numel;           // slots, their padding, and the flags
+
+  bool operator==(const BucketPlan&) const = default;
+};
+
+// Buckets in the order in which they are launched: that in which they fill when gradients arrive in `order`.
+//
+// `order` is a permutation of the parameters. `caps_bytes` is not empty: the k-th bucket of a kind is closed once it
+// holds caps_bytes[k] bytes, the last entry serving all further ones. Throws std::invalid_argument otherwise.
+std::vector<BucketPlan> plan_buckets(const std::vector<ParamSpec>& params,
+                                     const std::vector<std::int64_t>& order,
+                                     const std::vector<std::int64_t>& caps_bytes);
+
+}  // namespace fastddp

@@ -1,0 +1,46 @@
+// Counts gradients in and says which buckets may be launched.
+//
+// Invariant: buckets are launched in plan order whatever order they fill in. Ranks fill them in different orders; a
+// collective issued out of order would be summed with another rank's different bucket.
+// Guarded by tests/cpp/core_test.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "core/plan.h"
+
+namespace fastddp {
+
+class ReadyTracker {
+ public:
+  explicit ReadyTracker(const std::vector<BucketPlan>& plan);
+
+  // Marks a slot of `bucket` as filled.
+  void mark(std::size_t bucket) { --missing_[bucket]; }
+
+  // The next bucket to launch if it is full, else kNone. Each is handed out once.
+  std::size_t pop_full();
+  // The next bucket whether full or not, kNone after the last.
+  std::size_t pop();
+
+  bool launched(std::size_t bucket) const { return bucket < next_; }
+
+  static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
+
+ private:
+  std::vector<std::int64_t> missing_;  // per bucket, in plan order
+  std::size_t next_ = 0;
+};
+
+inline ReadyTracker::ReadyTracker(const std::vector<BucketPlan>& plan) {
+  missing_.reserve(plan.size());
+  for (const BucketPlan& bucket : plan) missing_.push_back(static_cast<std::int64_t>(bucket.slots.size()));
+}
+
+inline std::size_t ReadyTracker::pop_full() { return next_ < missing_.size() && missing_[next_] == 0 ? next_++ : kNone; }
+
+inline std::size_t ReadyTracker::pop() { return next_ < missing_.size() ? next_++ : kNone; }
+
+}  // namespace fastddp

@@ -1,0 +1,20 @@
+// The pass that moves a gradient into its bucket: copy, or add, with the scale by 1 / world size on the way.
+//
+// Arithmetic is that of torch's `mul` and `add` on the CPU: the scale is rounded to float (double for float64), each
+// operation rounds once, 16-bit types are computed in float. Built with -ffp-contract=off: one fused multiply-add would
+// break bit equality with the Python engine.
+#pragma once
+
+#include <cstddef>
+
+#include "core/dtype.h"
+
+namespace fastddp {
+
+// dst[i] = src[i] * scale. The two may be the same memory, but may not overlap in part.
+void scale_copy(DType dtype, void* dst, const void* src, std::size_t numel, double scale);
+
+// dst[i] = dst[i] + (src[i] * scale), the product rounded to the dtype first.
+void scale_add(DType dtype, void* dst, const void* src, std::size_t numel, double scale);
+
+}  // namespace fastddp

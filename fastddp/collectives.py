@@ -1,0 +1,128 @@
+"""Small collectives on a process group: compare objects, broadcast many tensors at once.
+
+They use the methods of :class:`torch.distributed.ProcessGroup` alone, so that any group will do,
+also one that torch's registry does not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+_CHUNK_BYTES = 25 * 1024 * 1024
+_DIGEST_BYTES = 32
+
+
+def gather_if_different(group: ProcessGroup, mine: T) -> list[T] | None:
+    """Compares a picklable object across ranks.
+
+    Returns:
+        None on every rank if all have the same, else the objects by rank. Only digests travel in
+        the first case.
+    """
+    data = pickle.dumps(mine)
+    digests = _all_gather_bytes(group, hashlib.sha256(data).digest())
+    if len(set(digests)) == 1:
+        return None
+    sizes = _all_gather_bytes(group, len(data).to_bytes(8, "little"))
+    longest = max(int.from_bytes(size, "little") for size in sizes)
+    return [pickle.loads(text) for text in _all_gather_bytes(group, data.ljust(longest, b"\0"))]
+
+
+def broadcast_tensors(group: ProcessGroup, tensors: Sequence[torch.Tensor]) -> None:
+    """Gives every rank the values that rank 0 of the group has.
+
+    Args:
+        group: where.
+        tensors: any shapes and dtypes, on one device; the same shapes, dtypes and strides on every
+            rank. Written in place, without marking them as modified for autograd.
+    """
+    for chunk in _chunks(tensors):
+        BroadcastBuffer(chunk).broadcast(group)
+
+
+class BroadcastBuffer:
+    """Tensors packed into one message, again and again.
+
+    The packing's views are kept between calls; :meth:`serves` says whether they are still right.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._pointers = [tensor.data_ptr() for tensor in tensors]
+        parts = [_as_bytes(tensor) for tensor in tensors]
+        self._parts = [part for part in parts if part.numel()]
+        total = sum(part.numel() for part in self._parts)
+        self._flat: torch.Tensor | None = None
+        self._views: list[torch.Tensor] = []
+        if len(self._parts) > 1:
+            self._flat = self._parts[0].new_empty(total)
+            self._views = list(self._flat.split([part.numel() for part in self._parts]))
+
+    def serves(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Returns whether these are the tensors, in the memory, that this was made for."""
+        return len(tensors) == len(self._tensors) and all(
+            tensor is mine and tensor.data_ptr() == pointer
+            for tensor, mine, pointer in zip(tensors, self._tensors, self._pointers, strict=True)
+        )
+
+    def broadcast(self, group: ProcessGroup) -> None:
+        """Sends rank 0's values to all. One collective; waits for it."""
+        if not self._parts:
+            return
+        if self._flat is None:
+            group.broadcast(self._parts[0], root=0).wait()
+            return
+        if group.rank() == 0:
+            torch.cat(self._parts, out=self._flat)
+        group.broadcast(self._flat, root=0).wait()
+        if group.rank() != 0:
+            torch._foreach_copy_(self._parts, self._views)
+
+
+def communication_device(group: ProcessGroup) -> torch.device:
+    """Returns a device that the group can communicate from: the CPU where it can."""
+    types = [device.type for device in group._device_types]
+    return torch.device("cpu" if "cpu" in types else types[0])
+
+
+def _all_gather_bytes(group: ProcessGroup, data: bytes) -> list[bytes]:
+    device = communication_device(group)
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    gathered = [torch.empty_like(mine) for _ in range(group.size())]
+    group.allgather([gathered], [mine]).wait()
+    return [bytes(tensor.cpu().numpy()) for tensor in gathered]
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the memory of a dense tensor as a vector of bytes.
+
+    ``.data``: autograd must not take a broadcast for a modification by the user.
+    """
+    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be"
+            " broadcast, because elements overlap or lie apart; make it .contiguous()"
+        )
+    return tensor.data.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Splits the tensors so that what is packed stays small; a large one goes alone, uncopied."""
+    chunk: list[torch.Tensor] = []
+    num_bytes = 0
+    for tensor in tensors:
+        if chunk and num_bytes + tensor.nbytes > _CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+        chunk.append(tensor)
+        num_bytes += tensor.nbytes
+    if chunk:
+        yield chunk

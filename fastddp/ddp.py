@@ -1,0 +1,293 @@
+"""`DistributedDataParallel`: torch's class, with a reducer of our own behind it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.algorithms.join import Joinable
+from torch.distributed.utils import _to_kwargs
+
+from fastddp import engine as engines
+from fastddp.options import Options
+from fastddp.plan import BucketPlan
+from fastddp.replica import Replica
+
+
+class DistributedDataParallel(nn.parallel.DistributedDataParallel):
+    """Averages a module's gradients over the ranks of a process group.
+
+    Takes torch's arguments and behaves as torch's class, with three differences: the arguments
+    that describe the graph are not needed (see :mod:`fastddp.options`), whether to synchronise is
+    decided when *backward* begins rather than at the forward before it, and ``.grad`` is always a
+    view of the bucket that was reduced.
+
+    It is a subclass of torch's, so that ``isinstance`` holds everywhere, but none of torch's
+    ``__init__`` runs.
+
+    Args:
+        module: the model; its parameters on one device.
+        device_ids: at most one GPU, to which the inputs of ``forward`` are moved.
+        process_group: where to average, by default the default group.
+        device_mesh: a one-dimensional mesh, instead of ``process_group``.
+        init_sync: whether to compare the ranks' models and give all of them rank 0's values.
+        broadcast_buffers: False leaves buffers alone at the start and before every forward.
+        forward_sync_buffers: False leaves them alone before every forward only.
+        bucket_cap_mb: MiB per bucket, 25 by default after a first one of 1.
+        bucket_cap_mb_list: MiB per bucket, one by one; the last serves all further ones.
+        engine: ``"native"`` or ``"python"``; by default see :func:`fastddp.engine.choose`.
+
+    Raises:
+        fastddp.MismatchError: on every rank, if the ranks' modules differ in a parameter's or
+            buffer's name, shape, dtype, strides or ``requires_grad``, or if one rank's cannot be
+            wrapped.
+        ValueError: if the module or an argument is unfit.
+        RuntimeError: if there is no process group, or no parameter requires a gradient.
+
+    Example::
+
+        dist.init_process_group("gloo")
+        model = fastddp.DistributedDataParallel(model)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device_ids: Sequence[int | torch.device] | None = None,
+        output_device: int | torch.device | None = None,
+        dim: int = 0,
+        broadcast_buffers: bool | None = None,
+        init_sync: bool = True,
+        process_group: ProcessGroup | None = None,
+        bucket_cap_mb: float | None = None,
+        find_unused_parameters: bool = False,
+        check_reduction: bool = False,
+        gradient_as_bucket_view: bool = False,
+        static_graph: bool = False,
+        delay_all_reduce_named_params: Sequence[tuple[str, nn.Parameter]] | None = None,
+        param_to_hook_all_reduce: nn.Parameter | None = None,
+        mixed_precision: Any = None,
+        device_mesh: Any = None,
+        skip_all_reduce_unused_params: bool = False,
+        bucket_cap_mb_list: Sequence[float] | None = None,
+        batched_grad_copy: bool = False,
+        forward_sync_buffers: bool | None = None,
+        *,
+        engine: str | None = None,
+    ) -> None:
+        for name, value in (
+            ("delay_all_reduce_named_params", delay_all_reduce_named_params),
+            ("param_to_hook_all_reduce", param_to_hook_all_reduce),
+            ("mixed_precision", mixed_precision),
+        ):
+            if value is not None:
+                _refuse(f"the argument {name}")
+        options = Options.of(
+            module,
+            bucket_cap_mb=bucket_cap_mb,
+            bucket_cap_mb_list=bucket_cap_mb_list,
+            device_ids=device_ids,
+            output_device=output_device,
+            broadcast_buffers=broadcast_buffers,
+            forward_sync_buffers=forward_sync_buffers,
+            init_sync=init_sync,
+            engine=engine,
+            unused={
+                "dim": dim,
+                "find_unused_parameters": find_unused_parameters,
+                "check_reduction": check_reduction,
+                "gradient_as_bucket_view": gradient_as_bucket_view,
+                "static_graph": static_graph,
+                "skip_all_reduce_unused_params": skip_all_reduce_unused_params,
+                "batched_grad_copy": batched_grad_copy,
+            },
+        )
+        group = self._find_group(process_group, device_mesh)
+        replica = Replica(module, group, options)
+        if options.init_sync:
+            replica.start()
+        self._assemble(module, replica)
+
+    def _assemble(self, module: nn.Module, replica: Replica) -> None:
+        nn.Module.__init__(self)
+        Joinable.__init__(self)
+        self.module = module
+        self._replica = replica
+        replica.attach()
+
+    @staticmethod
+    def _find_group(group: ProcessGroup | None, device_mesh: Any = None) -> ProcessGroup | None:
+        if group is not None and device_mesh is not None:
+            raise RuntimeError("Cannot specify both process_group and device_mesh arguments.")
+        if device_mesh is not None:
+            if device_mesh.ndim != 1:
+                raise RuntimeError(f"Only 1D device mesh is supported, but got {device_mesh}.")
+            group = device_mesh.get_group(mesh_dim=0)
+        if group is not None:
+            if not isinstance(group, ProcessGroup):
+                raise ValueError(
+                    f"fastddp: process_group={group!r} is not a process group that this rank is a"
+                    " member of; wrap the model on the group's ranks only"
+                )
+            return group
+        if not dist.is_initialized():
+            raise ValueError(
+                "Default process group has not been initialized, please make sure to call"
+                " init_process_group (or use fastddp.wrap, which does)."
+            )
+        return dist.group.WORLD
+
+    # ---- training --------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Runs the module, on buffers that are rank 0's where it has any."""
+        replica = self._replica
+        replica.before_forward()
+        if replica.options.device_ids:
+            moved, moved_kwargs = _to_kwargs(inputs, kwargs, replica.options.device_ids[0], True)
+            inputs, kwargs = moved[0], moved_kwargs[0]
+        output = self.module(*inputs, **kwargs)
+        replica.after_forward()
+        return output
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Lets the backwards that begin inside accumulate gradients on this rank alone.
+
+        They are averaged by the first backward that begins outside.
+
+        Example::
+
+            with model.no_sync():
+                for batch in batches[:-1]:
+                    loss(model, batch).backward()
+            loss(model, batches[-1]).backward()
+        """
+        before = self.require_backward_grad_sync
+        self.require_backward_grad_sync = False
+        try:
+            yield
+        finally:
+            self.require_backward_grad_sync = before
+
+    @property
+    def require_backward_grad_sync(self) -> bool:
+        """Whether a backward that begins now averages gradients."""
+        return self._replica.sync
+
+    @require_backward_grad_sync.setter
+    def require_backward_grad_sync(self, value: bool) -> None:
+        self._replica.sync = value
+
+    @property
+    def process_group(self) -> ProcessGroup | None:  # type: ignore[override]  # torch: an attribute
+        """Where gradients are averaged; None for a world of one process."""
+        return self._replica.group
+
+    def stats(self) -> engines.Stats:
+        """Returns what synchronisation has cost this rank so far."""
+        return self._replica.stats()
+
+    def plan(self) -> BucketPlan:
+        """Returns which gradient is reduced in which bucket; empty for a world of one."""
+        return self._replica.plan()
+
+    def train(self, mode: bool = True) -> DistributedDataParallel:
+        nn.Module.train(self, mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            replica = self.__dict__.get("_replica")
+            if replica is not None and name in replica.torch_attributes:
+                return replica.torch_attributes[name]
+            raise
+
+    # ---- copies ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the group and the reducer, which cannot leave the process.
+
+        Raises:
+            RuntimeError: if the group is not the default one, which is the one a copy will use.
+        """
+        if self._replica.group is not dist.group.WORLD:
+            raise RuntimeError(
+                "DDP Pickling/Unpickling are only supported when using DDP with the default"
+                " process group. That is, when you have called init_process_group and have not"
+                " passed process_group argument to DDP constructor"
+            )
+        state = self.__dict__.copy()
+        state["_replica"] = self._replica.options
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._restore(self._find_group(None))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DistributedDataParallel:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        state = self.__dict__ | {"_replica": self._replica.options}
+        new.__dict__.update(copy.deepcopy(state, memo))
+        new._restore(self._replica.group)
+        return new
+
+    def _restore(self, group: ProcessGroup | None) -> None:
+        """Gives a copy, which holds the options in its place, a replica of its own."""
+        replica = Replica(self.module, group, self.__dict__["_replica"])
+        self.__dict__["_replica"] = replica
+        replica.attach()
+
+    # ---- what torch's class has and this one does differently, or not yet ------------------------
+
+    def join(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("join()")
+
+    def join_hook(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("join_hook()")
+
+    def register_comm_hook(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("register_comm_hook()")
+
+    def _register_builtin_comm_hook(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("_register_builtin_comm_hook()")
+
+    def _register_fused_optim(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("_register_fused_optim()")
+
+    def _register_buffer_comm_hook(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("_register_buffer_comm_hook()")
+
+    def _update_process_group(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("_update_process_group()")
+
+    def _set_static_graph(self) -> None:
+        """Nothing to set: see :mod:`fastddp.options`."""
+
+    def _set_ddp_runtime_logging_sample_rate(self, _: int) -> None:
+        """Nothing to set: every step is measured, see :meth:`stats`."""
+
+    def _check_reducer_finalized(self) -> None:
+        """Nothing to check: a backward that raised leaves no round open."""
+
+    def _get_ddp_logging_data(self) -> dict[str, Any]:
+        return self._replica.logging_data()
+
+    def _remove_autograd_hooks(self) -> None:
+        self._replica.detach()
+
+
+def _refuse(what: str) -> NoReturn:
+    raise NotImplementedError(
+        f"fastddp does not support {what} of torch's DistributedDataParallel yet; see"
+        " docs/compatibility.md for what it does"
+    )

@@ -1,0 +1,112 @@
+"""The interface of a reducer, and the choice between the two that there are.
+
+A reducer averages gradients over the ranks of a process group while backward runs. ``native`` is
+the C++ one (``csrc/torch/reducer.cpp``); ``python`` is plain torch, the specification of the other
+and its stand-in where there is no compiler. Both give the same bits and may be mixed in one job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.distributed import ProcessGroup
+
+from fastddp import config, extension
+from fastddp.plan import BucketPlan
+
+NAMES = ("native", "python")
+
+
+class Stats(Protocol):
+    """Figures of the synchronised backwards so far, as this rank's host saw them."""
+
+    @property
+    def rounds(self) -> int:
+        """Synchronised backwards."""
+
+    @property
+    def wait_us_total(self) -> float:
+        """Microseconds spent at the ends of backwards until the last bucket was reduced.
+
+        This is the communication that was not hidden. For collectives on a GPU the host does not
+        wait, so nothing is counted.
+        """
+
+    @property
+    def wait_us_last(self) -> float:
+        """The same for the latest of them."""
+
+    @property
+    def bytes_per_round(self) -> int:
+        """Bytes in all buckets; 0 before the first round."""
+
+    @property
+    def num_buckets(self) -> int:
+        """Collectives per round; 0 before the first round."""
+
+
+class Reducer(Protocol):
+    """Averages gradients; made by :func:`make_reducer`, owned by one wrapped module."""
+
+    sync: bool
+    """Whether a backward that begins now is synchronised. Read at its first gradient."""
+
+    def close(self) -> None:
+        """Unhooks the parameters. Their next gradients are left alone; call once, at any time."""
+
+    def stats(self) -> Stats:
+        """Returns a snapshot; may be called at any time."""
+
+    def plan(self) -> BucketPlan:
+        """Returns the plan of the latest round, or of the first one to come."""
+
+
+def choose(requested: str | None = None) -> str:
+    """Returns the name of the engine to use: ``native`` or ``python``.
+
+    Args:
+        requested: a name, or None for ``FASTDDP_ENGINE`` if set, else the fastest that works here.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if ``native`` is asked for and the extension cannot be used; says why.
+    """
+    name = requested or config.engine()
+    if name not in (None, *NAMES):
+        raise ValueError(f"engine={name!r} is not one of {', '.join(NAMES)}")
+    if name == "python":
+        return name
+    if extension.load() is not None:
+        return "native"
+    if name == "native":
+        raise RuntimeError(f"fastddp: the native engine was asked for, but {extension.why_not()}")
+    extension.warn_once()
+    return "python"
+
+
+def make_reducer(
+    name: str,
+    params: Sequence[torch.nn.Parameter],
+    names: Sequence[str],
+    group: ProcessGroup,
+    caps_bytes: Sequence[int],
+) -> Reducer:
+    """Hooks ``params`` and returns their reducer.
+
+    Args:
+        name: the engine, from :func:`choose`.
+        params: each requires grad and is floating point or complex; all on one device. The same
+            ones, in the same order, on every rank.
+        names: theirs, for messages.
+        group: where to reduce. The reducer does not keep it alive.
+        caps_bytes: see :func:`fastddp.plan.plan_buckets`; the same on every rank.
+    """
+    if name == "native":
+        from fastddp.engine.native import NativeReducer
+
+        return NativeReducer(params, names, group, caps_bytes)
+    from fastddp.engine.python import PythonReducer
+
+    return PythonReducer(params, names, group, caps_bytes)

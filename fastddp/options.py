@@ -1,0 +1,113 @@
+"""What torch's constructor takes, checked and reduced to what there is still to decide.
+
+Several of torch's arguments choose between a slow and a fast path, or tell it something about the
+graph. Here the fast path is the only one and nothing needs to be told, so they are accepted and
+change nothing: ``find_unused_parameters``, ``static_graph``, ``gradient_as_bucket_view``,
+``batched_grad_copy``, ``skip_all_reduce_unused_params``, ``check_reduction``, and ``dim``, which
+only mattered to several devices per process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastddp.plan import MiB
+
+_DEFAULT_CAPS_MB = (1.0, 25.0)
+"""A small first bucket, so that communication starts early in backward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """One wrapped module's choices; the same on every rank, but for devices."""
+
+    caps_bytes: tuple[int, ...]
+    """Of the buckets, one by one; the last serves all further ones."""
+    device_ids: tuple[torch.device, ...]
+    """At most one: where the inputs of ``forward`` are moved."""
+    output_device: torch.device | None
+    init_sync: bool
+    init_sync_buffers: bool
+    forward_sync_buffers: bool
+    engine: str | None
+    unused: dict[str, Any]
+    """Arguments of torch's that change nothing, kept for tools that read them back."""
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        *,
+        bucket_cap_mb: float | None,
+        bucket_cap_mb_list: Sequence[float] | None,
+        device_ids: Sequence[int | torch.device] | None,
+        output_device: int | torch.device | None,
+        broadcast_buffers: bool | None,
+        forward_sync_buffers: bool | None,
+        init_sync: bool,
+        engine: str | None,
+        unused: Mapping[str, Any],
+    ) -> Options:
+        """Returns the options that torch's arguments amount to.
+
+        Raises:
+            ValueError: if a cap or a device is unfit.
+        """
+        ids, output = _devices(module, device_ids, output_device)
+        # broadcast_buffers=False stops both, forward_sync_buffers=False only the one of forward.
+        both = broadcast_buffers is not False
+        return cls(
+            caps_bytes=_caps(bucket_cap_mb, bucket_cap_mb_list),
+            device_ids=ids,
+            output_device=output,
+            init_sync=init_sync,
+            init_sync_buffers=both or forward_sync_buffers is not None,
+            forward_sync_buffers=both if forward_sync_buffers is None else forward_sync_buffers,
+            engine=engine,
+            unused=dict(unused),
+        )
+
+
+def _caps(cap_mb: float | None, caps_mb: Sequence[float] | None) -> tuple[int, ...]:
+    if cap_mb is not None and caps_mb is not None:
+        raise ValueError("fastddp: give bucket_cap_mb or bucket_cap_mb_list, not both")
+    if cap_mb is not None:
+        caps_mb = (cap_mb,)
+    elif caps_mb is None:
+        caps_mb = _DEFAULT_CAPS_MB
+    if not caps_mb or min(caps_mb) <= 0:
+        raise ValueError(f"fastddp: bucket caps are in MiB and above 0, got {list(caps_mb)}")
+    return tuple(max(1, int(cap * MiB)) for cap in caps_mb)
+
+
+def _devices(
+    module: nn.Module,
+    device_ids: Sequence[int | torch.device] | None,
+    output_device: int | torch.device | None,
+) -> tuple[tuple[torch.device, ...], torch.device | None]:
+    if not device_ids and output_device is None:
+        return (), None
+    where = sorted({str(param.device) for param in module.parameters()})
+    if where == ["cpu"] or not device_ids:
+        raise ValueError(
+            "fastddp: device_ids and output_device are for a model on one GPU, but got"
+            f" device_ids={device_ids}, output_device={output_device} and parameters on"
+            f" {', '.join(where)}; leave both out"
+        )
+    if len(device_ids) > 1:
+        raise ValueError(
+            f"fastddp: device_ids={list(device_ids)} has {len(device_ids)} entries; one process"
+            " drives one device, so device_ids can only be None or contain a single element."
+        )
+    kind = where[0].partition(":")[0]
+    device = _device(kind, device_ids[0])
+    return (device,), device if output_device is None else _device(kind, output_device)
+
+
+def _device(kind: str, device: int | torch.device) -> torch.device:
+    return torch.device(kind, device) if isinstance(device, int) else torch.device(device)

@@ -1,0 +1,176 @@
+"""One rank's copy of a model in a group of copies: what keeps it equal to the others."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from fastddp import engine as engines
+from fastddp.agreement import agree_on_module, check_module, ignored_names
+from fastddp.collectives import BroadcastBuffer, broadcast_tensors
+from fastddp.engine.python import RoundStats
+from fastddp.options import Options
+from fastddp.plan import BucketPlan
+
+
+class Replica:
+    """Starts equal to rank 0's, and stays equal: gradients by a reducer, buffers by broadcast.
+
+    Args:
+        module: the model itself.
+        group: the ranks that have a copy, or None for a world of one process.
+        options: see there.
+
+    Raises:
+        ValueError, RuntimeError: if the module is unfit and ``options.init_sync`` is off or the
+            world is one process. Else :meth:`start` says so, on every rank.
+    """
+
+    def __init__(self, module: nn.Module, group: ProcessGroup | None, options: Options) -> None:
+        self.options = options
+        self._module = module
+        # Weak: whoever frees a process group last joins its threads, and must not hold the GIL.
+        self._group = weakref.ref(group) if group is not None else None
+        self._alone = group is None or group.size() == 1
+        self._sync = True
+        self._sync_buffers_next = True
+        self._reducer: engines.Reducer | None = None
+        self._packed_buffers: BroadcastBuffer | None = None
+        if self._alone or not options.init_sync:
+            self._check()
+
+    # ---- once ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Compares the ranks' modules, then gives every rank rank 0's values. Collective.
+
+        Raises:
+            MismatchError: on every rank, if they differ.
+        """
+        if self._alone:
+            return
+        group = self.group
+        assert group is not None
+        agree_on_module(group, self._module, self.options.caps_bytes, self._check)
+        ignored = ignored_names(self._module)
+        params = [p for name, p in self._module.named_parameters() if name not in ignored]
+        buffers = self._buffers() if self.options.init_sync_buffers else []
+        broadcast_tensors(group, [*params, *buffers])
+
+    def _check(self) -> None:
+        check_module(self._module)
+        engines.choose(self.options.engine)
+
+    def attach(self) -> None:
+        """Hooks the parameters, from now on averaged."""
+        if self._alone:
+            return
+        engine = engines.choose(self.options.engine)
+        group = self.group
+        assert group is not None
+        ignored = ignored_names(self._module)
+        named = {
+            name: param
+            for name, param in self._module.named_parameters()
+            if param.requires_grad and name not in ignored
+        }
+        self._reducer = engines.make_reducer(
+            engine, list(named.values()), list(named), group, self.options.caps_bytes
+        )
+        self._reducer.sync = self._sync
+
+    def detach(self) -> None:
+        """Unhooks the parameters, for good."""
+        if self._reducer is not None:
+            self._reducer.close()
+
+    # ---- every step ------------------------------------------------------------------------------
+
+    @property
+    def sync(self) -> bool:
+        """Whether a backward that begins now averages gradients."""
+        return self._sync
+
+    @sync.setter
+    def sync(self, value: bool) -> None:
+        self._sync = value
+        if self._reducer is not None:
+            self._reducer.sync = value
+
+    def before_forward(self) -> None:
+        """Gives every rank rank 0's buffers, unless the forward before was not synchronised."""
+        if self._alone or not (self.options.forward_sync_buffers and self._sync_buffers_next):
+            return
+        buffers = self._buffers()
+        if not buffers:
+            return
+        group = self.group
+        if group is None:
+            raise RuntimeError(
+                "fastddp: the process group of this model was destroyed before its forward; call"
+                " destroy_process_group() after the last one, or run model.module instead"
+            )
+        if self._packed_buffers is None or not self._packed_buffers.serves(buffers):
+            self._packed_buffers = BroadcastBuffer(buffers)
+        self._packed_buffers.broadcast(group)
+
+    def after_forward(self) -> None:
+        """Takes note whether this forward may be followed by a synchronised backward."""
+        self._sync_buffers_next = torch.is_grad_enabled() and self._sync
+
+    def _buffers(self) -> list[torch.Tensor]:
+        # Looked up anew each time: modules replace their buffers by assignment.
+        ignored = ignored_names(self._module)
+        return [b for name, b in self._module.named_buffers() if name not in ignored]
+
+    # ---- facts -----------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The group; None for a world of one, and after the group was destroyed."""
+        return self._group() if self._group is not None else None
+
+    def stats(self) -> engines.Stats:
+        return self._reducer.stats() if self._reducer is not None else RoundStats()
+
+    def plan(self) -> BucketPlan:
+        return self._reducer.plan() if self._reducer is not None else BucketPlan(())
+
+    @property
+    def torch_attributes(self) -> dict[str, Any]:
+        """What torch's class keeps in public attributes, for tools that read them."""
+        device = next(self._module.parameters()).device
+        options = self.options
+        return options.unused | {
+            "device": device,
+            "device_type": device.type,
+            "device_ids": [d.index for d in options.device_ids] or None,
+            "output_device": options.output_device,
+            "is_multi_device_module": False,
+            "forward_sync_buffers": options.forward_sync_buffers,
+            "require_forward_param_sync": self._sync_buffers_next,
+            "parameters_to_ignore": set(ignored_names(self._module)),
+            "modules_buffers": self._buffers(),
+            "bucket_bytes_cap": options.caps_bytes[-1],
+            "mixed_precision": None,
+            "reducer": self._reducer,
+        }
+
+    def logging_data(self) -> dict[str, Any]:
+        """Returns the entries of torch's logging data that have a meaning here."""
+        stats, group = self.stats(), self.group
+        return {
+            "module_name": type(self._module).__name__,
+            "world_size": 1 if group is None else group.size(),
+            "rank": 0 if group is None else group.rank(),
+            "iteration": stats.rounds,
+            "bucket_sizes": ", ".join(
+                str(bucket.numel * bucket.dtype.itemsize) for bucket in self.plan().buckets
+            ),
+            "total_parameter_size_bytes": sum(p.nbytes for p in self._module.parameters()),
+            "can_set_static_graph": True,
+        }
