@@ -47,7 +47,7 @@ format: $(VENV)/.dev  ## apply the formatters and ruff's safe fixes
 define ctest
 	$(CMAKE) -S . -B build/$(1) -DFASTDDP_SANITIZE=$(2)
 	$(CMAKE) --build build/$(1) --parallel $(JOBS)
-	$(CTEST) --test-dir build/$(1) --output-on-failure --no-tests=error
+	$(CTEST) --test-dir build/$(1) --verbose --no-tests=error
 endef
 
 cpp-test: | $(CMAKE)  ## test the torch-free C++ core
