@@ -29,7 +29,7 @@ LOSS_TOLERANCE = 1e-3
 
 
 def train(ddp: str, options: tuple[str, ...]) -> dict:
-    """Run train_gpt.py on two ranks and return what it measured."""
+    """Runs train_gpt.py on two ranks and return what it measured."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < 2:  # not a GPU for each rank
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -67,7 +67,7 @@ def comparison(torch_runs: list[dict], fastddp_runs: list[dict]) -> Table:
 
 
 def loss_difference(runs: list[dict]) -> float:
-    """Return how far apart the runs are, in the loss in which they differ more."""
+    """Returns how far apart the runs are, in the loss in which they differ more."""
     losses = [[run[key] for run in runs] for key in ("train_loss", "held_out_loss")]
     return max(max(values) - min(values) for values in losses)
 
@@ -75,7 +75,9 @@ def loss_difference(runs: list[dict]) -> float:
 def machine(device: str) -> str:
     cores = f"{len(os.sched_getaffinity(0))} CPU cores"
     gpu = f" and {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    return f"{cores} ({torch.backends.cpu.get_cpu_capability()}){gpu}, torch {torch.__version__}"
+    cpu = torch.backends.cpu.get_cpu_capability()
+    load = os.getloadavg()[0]  # two ranks alone make about 2
+    return f"{cores} ({cpu}){gpu} under a load of {load:.1f}, torch {torch.__version__}"
 
 
 def main() -> None:

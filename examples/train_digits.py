@@ -20,7 +20,7 @@ import fastddp
 
 
 def load_data(device: torch.device) -> tuple[TensorDataset, TensorDataset]:
-    """Return a fixed random split: 1437 images of 1 x 8 x 8 to train on, 360 to test on."""
+    """Returns a fixed random split: 1437 images of 1 x 8 x 8 to train on, 360 to test on."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32, device=device).unsqueeze(1) / 16
     labels = torch.tensor(digits.target, device=device)
@@ -46,7 +46,7 @@ def make_model() -> nn.Module:
 
 @torch.no_grad()
 def accuracy_over_ranks(model: nn.Module, test: TensorDataset, rank: int, world: int) -> float:
-    """Return the share of test images classified correctly, over all ranks.
+    """Returns the share of test images classified correctly, over all ranks.
 
     Each rank takes every world-th image, unpadded: a DistributedSampler would repeat some images
     so that all shares are equal. The forward pass goes through the wrapped model, once on every

@@ -47,7 +47,7 @@ TRAIN_BYTES, HELD_OUT_BYTES = 4 << 20, 64 << 10
 
 
 def stdlib_files() -> tuple[list[Path], list[Path]]:
-    """Return the files to train on and, every tenth, the files held out."""
+    """Returns the files to train on and, every tenth, the files held out."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted([*root.glob("*.py"), *root.glob("*/*.py")])
     paths = [path for path in paths if path.parent.name not in SKIPPED_FOLDERS]
@@ -55,13 +55,13 @@ def stdlib_files() -> tuple[list[Path], list[Path]]:
 
 
 def read_bytes(paths: list[Path], limit: int) -> Tensor:
-    """Return the first ``limit`` bytes of the files, laid end to end, as a uint8 tensor."""
+    """Returns the first ``limit`` bytes of the files, laid end to end, as a uint8 tensor."""
     text = b"".join(path.read_bytes() for path in paths)[:limit]
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def training_windows(data: Tensor, config: Config, step: int, rank: int) -> Tensor:
-    """Draw this rank's windows of this step, (batch, context + 1): inputs and one last target."""
+    """Draws this rank's windows of this step, (batch, context + 1): inputs and one last target."""
     draw = random.Random(f"{config.seed} {step} {rank}")
     starts = [draw.randrange(len(data) - config.context) for _ in range(config.batch)]
     return torch.stack([data[start : start + config.context + 1] for start in starts])
@@ -110,13 +110,13 @@ class GPT(nn.Module):
 
 
 def nats_per_byte(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the mean cross-entropy of predicting each byte from those before it."""
+    """Returns the mean cross-entropy of predicting each byte from those before it."""
     windows = windows.long()
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
 def learning_rate(step: int, warmup: int = 100, peak: float = 3e-3) -> float:
-    """Rise linearly, then fall as 1/sqrt(step): unlike a cosine it need not know the last step."""
+    """Rises linearly, then falls as 1/sqrt(step): unlike a cosine it need not know the last step."""
     return peak * min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
 
 
@@ -136,7 +136,7 @@ def data_parallel(model: nn.Module, kind: str) -> nn.Module:
 
 
 def exposed_communication_ms(model: nn.Module) -> float | None:
-    """Return how long a step waited for communication, in the mean; torch does not tell."""
+    """Returns how long a step waited for communication, in the mean; torch does not tell."""
     if not isinstance(model, fastddp.DistributedDataParallel):
         return None
     stats = model.stats()
@@ -144,7 +144,7 @@ def exposed_communication_ms(model: nn.Module) -> float | None:
 
 
 def mean_over_ranks(total: float, count: int, device: torch.device) -> float:
-    """Return sum(total) / sum(count) over all ranks, in double precision."""
+    """Returns sum(total) / sum(count) over all ranks, in double precision."""
     sums = torch.tensor([total, count], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -153,7 +153,7 @@ def mean_over_ranks(total: float, count: int, device: torch.device) -> float:
 
 @torch.no_grad()
 def held_out_loss(model: GPT, data: Tensor, config: Config, rank: int, world: int) -> float:
-    """Evaluate the unwrapped model; every held-out window is counted by exactly one rank."""
+    """Evaluates the unwrapped model; every held-out window is counted by exactly one rank."""
     device = next(model.parameters()).device
     windows = data.unfold(0, config.context + 1, config.context)[rank::world].to(device)
     total = sum(nats_per_byte(model, part).item() * len(part) for part in windows.split(32))
@@ -166,7 +166,7 @@ def held_out_loss(model: GPT, data: Tensor, config: Config, rank: int, world: in
 def save_checkpoint(
     path: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int, config: Config
 ) -> None:
-    """Write beside ``path``, then rename: a reader finds the old checkpoint or the new one."""
+    """Writes beside ``path``, then renames: a reader finds the old checkpoint or the new one."""
     partial = path.with_name(path.name + ".partial")
     state = {
         "model": model.state_dict(),
@@ -181,7 +181,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: GPT, optimizer: torch.optim.Optimizer, config: Config
 ) -> int:
-    """Restore model and optimizer in place and return the step to go on with."""
+    """Restores model and optimizer in place and return the step to go on with."""
     state = torch.load(path, map_location="cpu")
     if state["config"] != asdict(config):
         raise SystemExit(f"{path} was trained with {state['config']}, not with {asdict(config)}")
@@ -216,7 +216,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def choose_device() -> torch.device:
-    """Return this rank's GPU, or the CPU where there is none."""
+    """Returns this rank's GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -226,7 +226,7 @@ def choose_device() -> torch.device:
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, windows: Tensor, step: int
 ) -> float:
-    """Update the weights and return this rank's loss, which waits for the device to be done."""
+    """Updates the weights and return this rank's loss, which waits for the device to be done."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     loss = nats_per_byte(model, windows)
@@ -237,7 +237,7 @@ def train_step(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, evaluate, report."""
+    """Trains, evaluates, reports."""
     config = Config(**{field.name: getattr(arguments, field.name) for field in fields(Config)})
     device = choose_device()
 
