@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -48,6 +49,29 @@ def broadcast_tensors(group: ProcessGroup, tensors: Sequence[torch.Tensor]) -> N
         BroadcastBuffer(chunk).broadcast(group)
 
 
+class Loan:
+    """A tensor that is lent to a transport, collective after collective.
+
+    A transport's thread lets go of a tensor a moment after ``wait()`` has returned. Were that the
+    last reference, the thread would need the GIL to free the Python object, perhaps just when the
+    main thread holds it and joins the thread (``destroy_process_group``), or ends the interpreter:
+    a deadlock or an abort. So whoever lends a tensor settles the loan before dropping it. Tensors
+    that only C++ has seen need none of this.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._references = tensor._use_count()  # type: ignore[attr-defined]
+
+    def settle(self, timeout_s: float = 1.0) -> None:
+        """Waits until the transport has let go, or gives up after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while self._tensor._use_count() > self._references:  # type: ignore[attr-defined]
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0)
+
+
 class BroadcastBuffer:
     """Tensors packed into one message, again and again.
 
@@ -65,6 +89,12 @@ class BroadcastBuffer:
         if len(self._parts) > 1:
             self._flat = self._parts[0].new_empty(total)
             self._views = list(self._flat.split([part.numel() for part in self._parts]))
+        lent = self._parts if self._flat is None else [self._flat]
+        self._loans = [Loan(tensor) for tensor in lent]
+
+    def __del__(self) -> None:
+        for loan in self._loans:
+            loan.settle()
 
     def serves(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Returns whether these are the tensors, in the memory, that this was made for."""
@@ -97,7 +127,10 @@ def _all_gather_bytes(group: ProcessGroup, data: bytes) -> list[bytes]:
     device = communication_device(group)
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
+    loans = [Loan(tensor) for tensor in (mine, *gathered)]
     group.allgather([gathered], [mine]).wait()
+    for loan in loans:
+        loan.settle()
     return [bytes(tensor.cpu().numpy()) for tensor in gathered]
 
 

@@ -27,6 +27,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
+from fastddp.collectives import Loan
 from fastddp.plan import Bucket, BucketPlan, ParamSpec, Slot, plan_buckets
 
 
@@ -55,6 +56,7 @@ class _Memory:
 
     flat: torch.Tensor
     flags: torch.Tensor
+    loan: Loan
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,10 @@ class PythonReducer:
         for hook in self._hooks:
             hook.remove()
 
+    def __del__(self) -> None:
+        for memory in self._memory:
+            memory.loan.settle()
+
     def stats(self) -> RoundStats:
         return self._stats
 
@@ -206,7 +212,7 @@ class PythonReducer:
         for index, bucket in enumerate(self._plan.buckets):
             flat = self._allocate(bucket)
             flags = flat.narrow(0, bucket.flags_offset, len(bucket.slots))
-            self._memory.append(_Memory(flat, flags))
+            self._memory.append(_Memory(flat, flags, Loan(flat)))
             for slot in bucket.slots:
                 view = _make_slot(self._params[slot.param], flat, slot)
                 self._places[slot.param] = _Place(index, view)
@@ -348,16 +354,11 @@ def _make_slot(param: torch.Tensor, flat: torch.Tensor, slot: Slot) -> torch.Ten
 
     It shares the bucket's storage but is not a view to autograd, so ``grad.detach_()`` works.
     """
-    stride = (
-        param.stride() if _is_dense(param) else torch.empty(param.shape, device="meta").stride()
-    )
+    dense = torch.ops.aten.is_non_overlapping_and_dense(param)
+    stride = param.stride() if dense else torch.empty(param.shape, device="meta").stride()
     offset = slot.offset // 2 if param.is_complex() else slot.offset
     storage = torch.empty(0, dtype=param.dtype, device=param.device)
-    return storage.set_(flat.untyped_storage(), offset, param.shape, dense.stride())
-
-
-def _is_dense(param: torch.Tensor) -> bool:
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(param))
+    return storage.set_(flat.untyped_storage(), offset, param.shape, stride)
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
