@@ -1,0 +1,1 @@
+"""Step time, start-up and memory of fastddp beside torch; see `docs/benchmarks.md`."""

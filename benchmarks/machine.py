@@ -1,0 +1,52 @@
+"""Where and with what a measurement was taken."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+
+
+def describe() -> dict[str, str | int | float]:
+    """The machine and the versions, as plain values for a JSON record."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(_kib("/proc/meminfo", "MemTotal") / 2**20, 1),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "fastddp": _version("fastddp"),
+    }
+
+
+def pss_bytes(pid: str = "self") -> int:
+    """Memory of a process in which a page mapped by n processes counts as 1/n."""
+    return _kib(f"/proc/{pid}/smaps_rollup", "Pss") * 1024
+
+
+def rss_bytes(pid: str = "self") -> int:
+    return _kib(f"/proc/{pid}/status", "VmRSS") * 1024
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _kib(path: str, key: str) -> int:
+    return int(_field(path, key).split()[0])
+
+
+def _field(path: str, key: str) -> str:
+    """The value of the first `key: value` line of a file under /proc."""
+    for line in Path(path).read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""

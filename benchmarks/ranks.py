@@ -1,0 +1,65 @@
+"""Run a function on N ranks, each a fresh process with a gloo group over loopback."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+COLLECTIVE_LIMIT = timedelta(seconds=120)
+
+
+def run_ranks(
+    function: Callable[..., Any], ranks: int, *args: Any, threads: int = 1, limit_s: float = 1800
+) -> list[Any]:
+    """Call `function(*args)` on every rank and return the results by rank.
+
+    An exception on any rank ends all of them and is raised here with that rank's traceback.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastddp-bench-") as folder:
+        context = mp.spawn(
+            _rank_main, (ranks, Path(folder), threads, function, args), nprocs=ranks, join=False
+        )
+        deadline = time.monotonic() + limit_s
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                for process in context.processes:
+                    process.kill()
+                raise TimeoutError(
+                    f"{ranks} ranks did not finish {function.__name__} in {limit_s:.0f} s"
+                )
+        return [
+            pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(ranks)
+        ]
+
+
+def _rank_main(
+    rank: int,
+    ranks: int,
+    folder: Path,
+    threads: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(threads)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(folder / "store"), ranks),
+        rank=rank,
+        world_size=ranks,
+        timeout=COLLECTIVE_LIMIT,
+    )
+    result = function(*args)
+    (folder / f"result{rank}").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()

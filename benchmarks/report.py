@@ -1,0 +1,178 @@
+"""Turn the ranks' samples into records, and records into JSON lines and a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import Plan, RankResult
+from benchmarks.stats import (
+    Estimate,
+    Figure,
+    Samples,
+    best,
+    estimate,
+    median,
+    quantile,
+    share_removed,
+    slowest_rank,
+)
+from benchmarks.variants import NOSYNC, TORCH_NOOP, TORCH_VARIANTS, Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One line of results: one variant of one model. `docs/benchmarks.md` derives every field."""
+
+    model: str
+    variant: str
+    verified: str
+    ranks: int
+    threads: int
+    dtype: str
+    gradient_bytes: int
+    rounds: int
+    step_ms: float
+    step_ms_p10: float
+    step_ms_p90: float
+    torch_best: str
+    ratio: Estimate | None
+    removed: Estimate | None
+    own_removed: Estimate | None
+    exposed_ms: Estimate | None
+    wait_us: float | None
+    pss_peak_bytes: int | None
+    machine: Mapping[str, str | int | float]
+    step_ms_rounds: list[float]
+
+
+def make_records(
+    plan: Plan,
+    results: Sequence[RankResult],
+    *,
+    threads: int,
+    machine: Mapping[str, str | int | float],
+    pss_peak_bytes: Mapping[str, int],
+) -> list[Record]:
+    """One record for each variant of the plan, in the plan's order."""
+    samples = {
+        variant.name: slowest_rank([result.step_ms[variant.name] for result in results])
+        for variant in plan.variants
+    }
+
+    def record(variant: Variant) -> Record:
+        times = samples[variant.name]
+        derived = {
+            name: estimate(samples, figure) for name, figure in figures(variant, samples).items()
+        }
+        return Record(
+            model=plan.model,
+            variant=variant.name,
+            verified=results[0].verified if variant.synchronises else "no",
+            ranks=len(results),
+            threads=threads,
+            dtype=results[0].dtype,
+            gradient_bytes=results[0].gradient_bytes,
+            rounds=plan.rounds,
+            step_ms=median(times),
+            step_ms_p10=quantile(times, 0.1),
+            step_ms_p90=quantile(times, 0.9),
+            torch_best=best(samples, TORCH_VARIANTS),
+            ratio=derived.get("ratio"),
+            removed=derived.get("removed"),
+            own_removed=derived.get("own_removed"),
+            exposed_ms=derived.get("exposed_ms"),
+            wait_us=max(
+                (r.wait_us[variant.name] for r in results if variant.name in r.wait_us),
+                default=None,
+            ),
+            pss_peak_bytes=pss_peak_bytes.get(variant.name),
+            machine=machine,
+            step_ms_rounds=[round(value, 4) for value in times],
+        )
+
+    return [record(variant) for variant in plan.variants]
+
+
+def figures(variant: Variant, samples: Samples) -> dict[str, Figure]:
+    """The figures that make sense for a variant, given which others were measured beside it.
+
+    Each picks torch's best anew from the samples it is given, so that intervals include the choice.
+    """
+    name, twin = variant.name, variant.twin
+
+    def torch_best(s: Samples) -> float:
+        return median(s[best(s, TORCH_VARIANTS)])
+
+    def over(s: Samples, of: str) -> float:
+        """What a variant costs above training without synchronisation."""
+        return median(s[of]) - median(s[NOSYNC])
+
+    found: dict[str, Figure] = {"ratio": lambda s: torch_best(s) / median(s[name])}
+    if twin is not None and twin in samples:
+        found["exposed_ms"] = lambda s: median(s[name]) - median(s[twin])
+    if NOSYNC not in samples or not variant.synchronises or name in TORCH_VARIANTS:
+        return found
+    found["removed"] = lambda s: share_removed(over(s, name), of=torch_best(s) - median(s[NOSYNC]))
+    if twin is not None and twin in samples and TORCH_NOOP in samples:
+        found["own_removed"] = lambda s: share_removed(over(s, twin), of=over(s, TORCH_NOOP))
+    return found
+
+
+def append_json(path: Path, records: Sequence[Any]) -> None:
+    """Add dataclass instances to a file, one JSON object a line."""
+    with path.open("a") as file:
+        for record in records:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def print_machine(console: Console, machine: Mapping[str, str | int | float]) -> None:
+    console.print(
+        "{cpu}, {cores} cores, {memory_gib} GiB, load {load}; "
+        "python {python}, torch {torch}, fastddp {fastddp}".format(**machine),
+        highlight=False,
+    )
+
+
+def print_table(console: Console, records: Sequence[Record]) -> None:
+    """One model's variants."""
+    first = records[0]
+    table = Table(
+        title=f"{first.model}: {first.gradient_bytes / 1e6:.1f} MB of {first.dtype} gradients, "
+        f"{first.ranks} ranks x {first.threads} thread, {first.rounds} rounds",
+        title_justify="left",
+    )
+    cells = {
+        "variant": [r.variant + (" *" if r.variant == r.torch_best else "") for r in records],
+        "verified": [r.verified for r in records],
+        "step ms": [f"{r.step_ms:.2f}" for r in records],
+        "p10-p90": [f"{r.step_ms_p10:.2f}-{r.step_ms_p90:.2f}" for r in records],
+        "ratio": [_shown(r.ratio, ".2f") for r in records],
+        "removed": [_shown(r.removed, ".0%") for r in records],
+        "own removed": [_shown(r.own_removed, ".0%") for r in records],
+        "exposed ms": [_shown(r.exposed_ms, ".1f") for r in records],
+        "wait ms": ["" if r.wait_us is None else f"{r.wait_us / 1e3:.2f}" for r in records],
+        "PSS MB": [
+            "" if r.pss_peak_bytes is None else f"{r.pss_peak_bytes / 1e6:.0f}" for r in records
+        ],
+    }
+    columns = {heading: column for heading, column in cells.items() if any(column)}
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading in ("variant", "verified") else "right")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    console.print(table)
+
+
+def _shown(estimate: Estimate | None, form: str) -> str:
+    if estimate is None:
+        return ""
+    if estimate.low is None or estimate.high is None:
+        return "?"
+    return f"{estimate.value:{form}} ({estimate.low:{form}}..{estimate.high:{form}})"

@@ -1,0 +1,112 @@
+"""The table of what is compared. A new variant is one more line in VARIANTS.
+
+Every function is at module level and every option is in a `partial`, because variants are pickled
+on the way to the ranks. Annotations are not postponed here: torch compares a hook's as objects.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the "fake" backend
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as TorchDDP
+
+
+class Groups(NamedTuple):
+    """The process groups a variant may use; each spans all ranks."""
+
+    real: dist.ProcessGroup
+    silent: dist.ProcessGroup  # every collective returns at once and moves nothing
+
+
+Wrap = Callable[[nn.Module, Groups], nn.Module]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of training a module.
+
+    `synchronises` says that its gradients must equal the reference's; the others are yardsticks
+    whose values are not checked. `twin` names the variant that does the same work less the
+    communication.
+    """
+
+    name: str
+    wrap: Wrap
+    synchronises: bool = True
+    twin: str | None = None
+
+
+NOSYNC, TORCH, TORCH_NOOP = "nosync", "torch", "torch-noop"
+TORCH_VARIANTS = (TORCH, "torch-view", "torch-static")
+
+
+def leave(module: nn.Module, _groups: Groups) -> nn.Module:
+    return module
+
+
+def torch_ddp(
+    module: nn.Module, groups: Groups, *, view: bool = False, static: bool = False
+) -> nn.Module:
+    return TorchDDP(
+        module, process_group=groups.real, gradient_as_bucket_view=view, static_graph=static
+    )
+
+
+def torch_silent(module: nn.Module, groups: Groups) -> nn.Module:
+    """Torch's reducer with every bucket finished as soon as it is full.
+
+    The hook is needed because a silent group's future carries no tensors, and torch's own path
+    insists on them.
+    """
+    ddp = TorchDDP(module, process_group=groups.silent, gradient_as_bucket_view=True)
+    ddp.register_comm_hook(None, _return_at_once)
+    return ddp
+
+
+def _return_at_once(
+    state: None,  # noqa: ARG001 - torch checks the parameters' names
+    bucket: dist.GradBucket,
+) -> torch.futures.Future[torch.Tensor]:
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def fast_ddp(module: nn.Module, groups: Groups, *, engine: str, silent: bool = False) -> nn.Module:
+    import fastddp
+
+    group = groups.silent if silent else groups.real
+    return fastddp.DistributedDataParallel(module, process_group=group, engine=engine)
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant(NOSYNC, leave, synchronises=False),
+        Variant(TORCH, torch_ddp),
+        Variant("torch-view", partial(torch_ddp, view=True), twin=TORCH_NOOP),
+        Variant("torch-static", partial(torch_ddp, view=True, static=True), twin=TORCH_NOOP),
+        Variant(TORCH_NOOP, torch_silent, synchronises=False),
+        Variant("fastddp", partial(fast_ddp, engine="native"), twin="fastddp-noop"),
+        Variant(
+            "fastddp-noop", partial(fast_ddp, engine="native", silent=True), synchronises=False
+        ),
+        Variant("fastddp-python", partial(fast_ddp, engine="python")),
+    )
+}
+
+
+def available() -> list[str]:
+    """The names of all variants that this installation can run."""
+    missing: set[str] = set()
+    if importlib.util.find_spec("fastddp") is None:
+        missing |= {name for name in VARIANTS if name.startswith("fastddp")}
+    elif importlib.util.find_spec("fastddp._C") is None:
+        missing |= {"fastddp", "fastddp-noop"}
+    return [name for name in VARIANTS if name not in missing]

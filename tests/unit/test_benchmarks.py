@@ -1,0 +1,230 @@
+"""The benchmark harness refuses wrong results, and its figures are right on known inputs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as TorchDDP
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
+
+from benchmarks.harness import Plan, first_difference, measure, turn_order  # noqa: E402
+from benchmarks.models import MODELS, gradient_bytes  # noqa: E402
+from benchmarks.ranks import run_ranks  # noqa: E402
+from benchmarks.report import figures  # noqa: E402
+from benchmarks.startup import run_probe  # noqa: E402
+from benchmarks.stats import (  # noqa: E402
+    best,
+    estimate,
+    median,
+    quantile,
+    share_removed,
+    slowest_rank,
+)
+from benchmarks.step import main  # noqa: E402
+from benchmarks.variants import VARIANTS, Groups, Variant, available  # noqa: E402
+
+
+def slightly_off_on_rank_1(module: nn.Module, groups: Groups) -> nn.Module:
+    """Torch's DDP, but on one rank one element of the bucket is off by about one rounding."""
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        average = bucket.buffer().div_(dist.get_world_size())
+        dist.all_reduce(average)
+        average[-1] *= 1 + 2**-22 * dist.get_rank()
+        future = torch.futures.Future()
+        future.set_result(average)
+        return future
+
+    wrapped = TorchDDP(module, process_group=groups.real)
+    wrapped.register_comm_hook(None, hook)
+    return wrapped
+
+
+def unsynchronised(module: nn.Module, _groups: Groups) -> nn.Module:
+    return module
+
+
+# Verification
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("wrap", [slightly_off_on_rank_1, unsynchronised])
+def test_a_wrong_variant_gets_no_time(wrap: object) -> None:
+    wrong = Variant("wrong", wrap)  # type: ignore[arg-type]
+    plan = Plan(model="tiny", variants=(VARIANTS["torch"], wrong), rounds=1)
+    with pytest.raises(Exception, match=r"rank \d: wrong, backward 1: layers.*No time is reported"):
+        run_ranks(measure, 2, plan, limit_s=240)
+
+
+def test_verification_needs_its_reference() -> None:
+    with pytest.raises(ValueError, match="'torch' is what the others are verified against"):
+        measure(Plan(model="tiny", variants=(VARIANTS["nosync"],)))
+
+
+def test_a_plan_with_too_little_warm_up_is_refused() -> None:
+    with pytest.raises(ValueError, match="warmup is 4"):
+        Plan(model="tiny", variants=(), warmup=4)
+
+
+def test_first_difference_sees_one_bit() -> None:
+    right = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    wrong = {**right, "a": torch.tensor([1.0, 2.0 + 2**-22])}
+    assert first_difference(right, dict(right)) is None
+    assert first_difference(right, wrong) == "a[1] of 2 is 2.00000024 where torch has 2"
+
+
+def test_first_difference_sees_a_missing_tensor() -> None:
+    one = {"a": torch.zeros(1)}
+    assert first_difference(one, {}) == "only torch has a"
+    assert first_difference({}, one) == "only the variant has a"
+
+
+def test_first_difference_allows_its_bound_and_no_more() -> None:
+    right, bound = {"a": torch.tensor([1.0])}, {"a": torch.tensor([0.25])}
+    assert first_difference(right, {"a": torch.tensor([1.25])}, bound) is None
+    assert first_difference(right, {"a": torch.tensor([1.5])}, bound) is not None
+    assert first_difference(right, {"a": torch.tensor([torch.nan])}, bound) is not None
+
+
+# Order and figures
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_variant_takes_every_place_equally_often(count: int) -> None:
+    names = [str(k) for k in range(count)]
+    orders = [turn_order(names, number) for number in range(2 * count)]
+    for place in range(count):
+        assert sorted(order[place] for order in orders) == sorted(2 * names)
+
+
+def test_quantiles() -> None:
+    assert median([3.0, 1.0, 2.0]) == 2
+    assert median([4.0, 1.0, 2.0, 3.0]) == 2.5
+    assert quantile([0.0, 10.0], 0.1) == 1
+    assert quantile([5.0], 0.9) == 5
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank() -> None:
+    assert slowest_rank([[1.0, 5.0], [2.0, 3.0]]) == [2, 5]
+    with pytest.raises(ValueError, match="longer"):
+        slowest_rank([[1.0], [2.0, 3.0]])
+
+
+def test_best_looks_at_medians_of_what_was_measured() -> None:
+    assert best({"a": [1.0, 9.0, 9.0], "b": [5.0, 5.0, 5.0]}, ["a", "b", "c"]) == "b"
+
+
+def test_share_removed() -> None:
+    assert share_removed(5, of=20) == 0.75
+    assert share_removed(30, of=20) == -0.5
+    assert share_removed(5, of=0) is None
+
+
+SAMPLES = {
+    "nosync": [100.0] * 4,
+    "torch": [130.0] * 4,
+    "torch-view": [120.0] * 4,
+    "torch-static": [125.0] * 4,
+    "torch-noop": [108.0] * 4,
+    "fastddp": [105.0] * 4,
+    "fastddp-noop": [102.0] * 4,
+}
+
+
+def test_figures_of_a_known_run() -> None:
+    found = {name: f(SAMPLES) for name, f in figures(VARIANTS["fastddp"], SAMPLES).items()}
+    assert found == {
+        "ratio": 120 / 105,
+        "exposed_ms": 3,
+        "removed": 1 - 5 / 20,
+        "own_removed": 1 - 2 / 8,
+    }
+    found = {name: f(SAMPLES) for name, f in figures(VARIANTS["torch-static"], SAMPLES).items()}
+    assert found == {"ratio": 120 / 125, "exposed_ms": 17}
+
+
+def test_figures_need_their_yardsticks() -> None:
+    few = {name: SAMPLES[name] for name in ("torch", "fastddp")}
+    assert figures(VARIANTS["fastddp"], few).keys() == {"ratio"}
+
+
+def test_an_estimate_without_noise_has_no_width() -> None:
+    found = estimate(SAMPLES, figures(VARIANTS["fastddp"], SAMPLES)["removed"])
+    assert found is not None
+    assert (found.value, found.low, found.high) == (0.75, 0.75, 0.75)
+
+
+def test_noise_common_to_a_round_cancels() -> None:
+    noisy = {"a": [10.0, 20.0, 30.0, 40.0], "b": [20.0, 40.0, 60.0, 80.0]}
+    found = estimate(noisy, lambda s: median(s["b"]) / median(s["a"]))
+    assert found is not None
+    assert (found.value, found.low, found.high) == (2, 2, 2)
+
+
+def test_an_estimate_stays_open_where_the_figure_often_does_not_exist() -> None:
+    samples = {"cost": [1.0] * 6, "of": [-1.0, -1.0, -1.0, 2.0, 2.0, 2.0]}
+    found = estimate(samples, lambda s: share_removed(median(s["cost"]), of=median(s["of"])))
+    assert found is not None
+    assert (found.value, found.low) == (-1, None)
+    assert estimate({"x": [1.0]}, lambda _: None) is None
+
+
+# Models and runs
+
+
+def test_models_have_the_sizes_they_stand_for() -> None:
+    sizes = {name: gradient_bytes(model.build(0)) for name, model in MODELS.items()}
+    assert sizes["cnn"] == 4 * 25_557_032  # ResNet-50
+    assert sizes["mlp"] == 12_595_200
+    assert sizes["wide"] > 100_000_000
+    assert len(list(MODELS["tiny"].build(0).parameters())) == 2000
+    assert len(sizes) == 5
+
+
+def test_a_seed_names_the_weights_and_a_rank_and_step_the_batch() -> None:
+    model = MODELS["mlp"]
+    state = torch.get_rng_state()
+    first, again = model.build(3), model.build(3)
+    assert first_difference(first.state_dict(), again.state_dict()) is None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.batch(1, 2).inputs, model.batch(1, 2).inputs)
+    assert not torch.equal(model.batch(1, 2).inputs, model.batch(0, 2).inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("ranks", "verified", "names"),
+    [
+        (2, "bitwise", list(VARIANTS)),
+        (3, "within rounding", ["torch", "torch-view", "fastddp", "fastddp-python"]),
+    ],
+)
+def test_a_short_run_writes_a_record_for_each_variant(
+    tmp_path: Path, ranks: int, verified: str, names: list[str]
+) -> None:
+    path = tmp_path / "steps.jsonl"
+    arguments = ["--models", "tiny", "--ranks", str(ranks), "--rounds", "2", "--json", str(path)]
+    main([*arguments, "--variants", *names])
+    found = {r["variant"]: r for r in map(json.loads, path.read_text().splitlines())}
+    assert found.keys() == set(names) & set(available())
+    for name, record in found.items():
+        assert record["ranks"] == ranks
+        assert len(record["step_ms_rounds"]) == 2
+        assert record["gradient_bytes"] == 1_088_000
+        assert record["verified"] == (verified if VARIANTS[name].synchronises else "no")
+        assert record["machine"]["torch"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_start_up_probe_reports_its_figures() -> None:
+    assert {"import_ms", "first_wrap_ms", "ready_ms", "later_wrap_ms"} <= run_probe("torch").keys()
