@@ -29,7 +29,7 @@ LOSS_TOLERANCE = 1e-3
 
 
 def train(ddp: str, options: tuple[str, ...]) -> dict:
-    """Runs train_gpt.py on two ranks and return what it measured."""
+    """Runs train_gpt.py on two ranks and returns what it measured."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < 2:  # not a GPU for each rank
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -116,7 +116,7 @@ def nats_per_byte(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, warmup: int = 100, peak: float = 3e-3) -> float:
-    """Rises linearly, then falls as 1/sqrt(step): unlike a cosine it need not know the last step."""
+    """Rises linearly, then falls as 1/sqrt(step), which unlike a cosine needs no last step."""
     return peak * min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
 
 
@@ -181,7 +181,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: GPT, optimizer: torch.optim.Optimizer, config: Config
 ) -> int:
-    """Restores model and optimizer in place and return the step to go on with."""
+    """Restores model and optimizer in place and returns the step to go on with."""
     state = torch.load(path, map_location="cpu")
     if state["config"] != asdict(config):
         raise SystemExit(f"{path} was trained with {state['config']}, not with {asdict(config)}")
@@ -226,7 +226,7 @@ def choose_device() -> torch.device:
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, windows: Tensor, step: int
 ) -> float:
-    """Updates the weights and return this rank's loss, which waits for the device to be done."""
+    """Updates the weights and returns this rank's loss, which waits for the device to be done."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     loss = nats_per_byte(model, windows)
