@@ -146,6 +146,7 @@ def run_ranks(
     removes the variable. Ranks in `expect_dead` may end without a report (a test that kills them);
     their value is `Died`.
     """
+    __tracebackhide__ = True  # pytest shows the test and the error; the error holds the rank's own
     call = _pickle_call(fn, args)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks: list[_Rank] = []
@@ -398,6 +399,7 @@ def _settle(order: _Order) -> None:
             del os.environ[name]
     os.environ.update(order.environ)
     sys.path[:] = order.sys_path
+    gc.freeze()  # else the last collection looks through, and so copies, all that is inherited
 
 
 def _die_with_parent() -> None:
