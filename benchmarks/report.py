@@ -173,6 +173,6 @@ def print_table(console: Console, records: Sequence[Record]) -> None:
 def _shown(estimate: Estimate | None, form: str) -> str:
     if estimate is None:
         return ""
-    if estimate.low is None or estimate.high is None:
+    if estimate.value is None or estimate.low is None or estimate.high is None:
         return "?"
     return f"{estimate.value:{form}} ({estimate.low:{form}}..{estimate.high:{form}})"

@@ -14,9 +14,12 @@ Figure = Callable[[Samples], "float | None"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure from all rounds, and the interval in which resampled rounds put it, if they can."""
+    """A figure from all rounds, and the interval in which resampled rounds put it, where they can.
 
-    value: float
+    None stands for what the samples leave open, such as a share of an overhead they do not show.
+    """
+
+    value: float | None
     low: float | None
     high: float | None
 
@@ -51,16 +54,14 @@ def share_removed(cost: float, of: float) -> float | None:
 
 def estimate(
     samples: Samples, figure: Figure, *, level: float = 0.95, draws: int = 1000
-) -> Estimate | None:
-    """A figure with its bootstrap interval; None where the figure does not exist.
+) -> Estimate:
+    """A figure with its bootstrap interval.
 
     Rounds are drawn with replacement and kept whole, so that a slow moment which hit all variants
     of a round stays common to them. The interval is left open where the figure does not exist in
     more draws than the interval leaves out on one side.
     """
     value = figure(samples)
-    if value is None:
-        return None
     rounds = len(next(iter(samples.values())))
     chance = random.Random(0)
     drawn: list[float] = []
@@ -70,6 +71,6 @@ def estimate(
         if resampled is not None:
             drawn.append(resampled)
     tail = (1 - level) / 2
-    if len(drawn) < (1 - tail) * draws:
+    if value is None or len(drawn) < (1 - tail) * draws:
         return Estimate(value, None, None)
     return Estimate(value, quantile(drawn, tail), quantile(drawn, 1 - tail))
