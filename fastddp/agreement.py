@@ -98,19 +98,20 @@ def agree_on_module(
             another rank could not wrap its own.
         ValueError, RuntimeError: what ``check`` said.
     """
-    error: Exception | None = None
-    mine: list[_Item] | _Problem
     try:
         check()
-        mine = list(_describe(module, caps_bytes))
-    except (ValueError, RuntimeError) as problem:
-        error = problem
-        mine = _Problem(f"{type(problem).__name__}: {problem}")
-    by_rank = gather_if_different(group, mine)
-    if error is not None:
-        raise error
+    except (ValueError, RuntimeError) as error:
+        report_failure(group, error)
+        raise
+    by_rank = gather_if_different(group, list(_describe(module, caps_bytes)))
     if by_rank is not None:
         raise MismatchError(_explain(by_rank))
+
+
+def report_failure(group: ProcessGroup | None, error: Exception) -> None:
+    """Tells ranks that are in :func:`agree_on_module` that this one cannot wrap its model."""
+    if group is not None and group.size() > 1:
+        gather_if_different(group, _Problem(f"{type(error).__name__}: {error}"))
 
 
 def _describe(module: nn.Module, caps_bytes: Sequence[int]) -> Iterator[_Item]:

@@ -79,6 +79,7 @@ class BroadcastBuffer:
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._loans: list[Loan] = []
         self._tensors = list(tensors)
         self._pointers = [tensor.data_ptr() for tensor in tensors]
         parts = [_as_bytes(tensor) for tensor in tensors]

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.join import Joinable
 from torch.distributed.utils import _to_kwargs
 
 from fastddp import engine as engines
+from fastddp.agreement import report_failure
 from fastddp.options import Options
 from fastddp.plan import BucketPlan
 from fastddp.replica import Replica
@@ -88,30 +89,34 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         ):
             if value is not None:
                 _refuse(f"the argument {name}")
-        options = Options.of(
-            module,
-            bucket_cap_mb=bucket_cap_mb,
-            bucket_cap_mb_list=bucket_cap_mb_list,
-            device_ids=device_ids,
-            output_device=output_device,
-            broadcast_buffers=broadcast_buffers,
-            forward_sync_buffers=forward_sync_buffers,
-            init_sync=init_sync,
-            engine=engine,
-            unused={
-                "dim": dim,
-                "find_unused_parameters": find_unused_parameters,
-                "check_reduction": check_reduction,
-                "gradient_as_bucket_view": gradient_as_bucket_view,
-                "static_graph": static_graph,
-                "skip_all_reduce_unused_params": skip_all_reduce_unused_params,
-                "batched_grad_copy": batched_grad_copy,
-            },
-        )
         group = self._find_group(process_group, device_mesh)
+        try:
+            options = Options.of(
+                module,
+                bucket_cap_mb=bucket_cap_mb,
+                bucket_cap_mb_list=bucket_cap_mb_list,
+                device_ids=device_ids,
+                output_device=output_device,
+                broadcast_buffers=broadcast_buffers,
+                forward_sync_buffers=forward_sync_buffers,
+                init_sync=init_sync,
+                engine=engine,
+                unused={
+                    "dim": dim,
+                    "find_unused_parameters": find_unused_parameters,
+                    "check_reduction": check_reduction,
+                    "gradient_as_bucket_view": gradient_as_bucket_view,
+                    "static_graph": static_graph,
+                    "skip_all_reduce_unused_params": skip_all_reduce_unused_params,
+                    "batched_grad_copy": batched_grad_copy,
+                },
+            )
+        except ValueError as error:
+            if init_sync:  # ranks with better arguments would wait for this one
+                report_failure(group, error)
+            raise
         replica = Replica(module, group, options)
-        if options.init_sync:
-            replica.start()
+        replica.start()
         self._assemble(module, replica)
 
     def _assemble(self, module: nn.Module, replica: Replica) -> None:
@@ -197,6 +202,15 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
     def plan(self) -> BucketPlan:
         """Returns which gradient is reduced in which bucket; empty for a world of one."""
         return self._replica.plan()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DistributedDataParallel:
+        """Converts the model (`.to()` and the like), then follows its parameters."""
+        self._convert(*args, **kwargs)
+        self._replica.refresh()
+        return self
+
+    def _convert(self, *args: Any, **kwargs: Any) -> None:
+        nn.Module._apply(self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> DistributedDataParallel:
         nn.Module.train(self, mode)

@@ -17,6 +17,17 @@ from fastddp.options import Options
 from fastddp.plan import BucketPlan
 
 
+class _TorchReducer:
+    """What frameworks call on torch's reducer by its private names; there is nothing to do."""
+
+    def prepare_for_forward(self) -> None: ...
+
+    def prepare_for_backward(self, outputs: list[torch.Tensor]) -> None: ...
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
 class Replica:
     """Starts equal to rank 0's, and stays equal: gradients by a reducer, buffers by broadcast.
 
@@ -24,10 +35,6 @@ class Replica:
         module: the model itself.
         group: the ranks that have a copy, or None for a world of one process.
         options: see there.
-
-    Raises:
-        ValueError, RuntimeError: if the module is unfit and ``options.init_sync`` is off or the
-            world is one process. Else :meth:`start` says so, on every rank.
     """
 
     def __init__(self, module: nn.Module, group: ProcessGroup | None, options: Options) -> None:
@@ -40,18 +47,21 @@ class Replica:
         self._sync_buffers_next = True
         self._reducer: engines.Reducer | None = None
         self._packed_buffers: BroadcastBuffer | None = None
-        if self._alone or not options.init_sync:
-            self._check()
+        self._hooked: list[tuple[nn.Parameter, torch.dtype, torch.device]] = []
 
     # ---- once ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Compares the ranks' modules, then gives every rank rank 0's values. Collective.
+        """Checks the module and, unless `init_sync` is off, gives every rank rank 0's values.
+
+        Collective then: first the ranks' modules are compared.
 
         Raises:
-            MismatchError: on every rank, if they differ.
+            ValueError, RuntimeError: if the module is unfit.
+            MismatchError: on every rank, if the modules differ or another rank's is unfit.
         """
-        if self._alone:
+        if self._alone or not self.options.init_sync:
+            self._check()
             return
         group = self.group
         assert group is not None
@@ -78,10 +88,21 @@ class Replica:
             for name, param in self._module.named_parameters()
             if param.requires_grad and name not in ignored
         }
+        params = list(named.values())
         self._reducer = engines.make_reducer(
-            engine, list(named.values()), list(named), group, self.options.caps_bytes
+            engine, params, list(named), group, self.options.caps_bytes
         )
         self._reducer.sync = self._sync
+        self._hooked = [(param, param.dtype, param.device) for param in params]
+
+    def refresh(self) -> None:
+        """Hooks the parameters anew if a conversion gave them another dtype or device.
+
+        Autograd gives a converted parameter a new gradient node, which no hook is on.
+        """
+        if any((p.dtype, p.device) != (dtype, device) for p, dtype, device in self._hooked):
+            self.detach()
+            self.attach()
 
     def detach(self) -> None:
         """Unhooks the parameters, for good."""
@@ -157,7 +178,7 @@ class Replica:
             "modules_buffers": self._buffers(),
             "bucket_bytes_cap": options.caps_bytes[-1],
             "mixed_precision": None,
-            "reducer": self._reducer,
+            "reducer": _TorchReducer(),
         }
 
     def logging_data(self) -> dict[str, Any]:

@@ -22,7 +22,13 @@ from fastddp.launch import ensure_process_group
 from fastddp.replica import Replica
 
 _PREFIX = "module."
-_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_SHARED = (
+    *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
+    # Hooks on checkpoints: the model makes and loads them, whoever the hooks were registered with.
+    *("_state_dict_pre_hooks", "_state_dict_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+_CONVERSIONS = ("to", "to_empty", "cpu", "cuda", "type", "float", "double", "half", "bfloat16")
 
 
 def _delegated(name: str) -> Callable[..., Any]:
@@ -30,6 +36,8 @@ def _delegated(name: str) -> Callable[..., Any]:
 
     def method(self: TransparentDataParallel, *args: Any, **kwargs: Any) -> Any:
         result = getattr(self.module, name)(*args, **kwargs)
+        if name in _CONVERSIONS:
+            self._replica.refresh()
         return self if result is self.module else result
 
     method.__name__ = name
@@ -120,6 +128,9 @@ class TransparentDataParallel(DistributedDataParallel):
 
     # ---- copies ----------------------------------------------------------------------------------
 
+    def _convert(self, *args: Any, **kwargs: Any) -> None:
+        self.module._apply(*args, **kwargs)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._restore(dist.group.WORLD)
@@ -153,7 +164,7 @@ for _name in (
     *("parameters", "named_parameters", "buffers", "named_buffers", "children", "named_children"),
     *("get_parameter", "get_buffer", "get_submodule"),
     *("register_parameter", "register_buffer", "register_module", "add_module"),
-    *("to", "to_empty", "cpu", "cuda", "type", "float", "double", "half", "bfloat16"),
+    *_CONVERSIONS,
 ):
     setattr(TransparentDataParallel, _name, _delegated(_name))
 

@@ -73,7 +73,8 @@ def choose_device(model: nn.Module) -> torch.device | None:
     """Returns where `wrap` moves the model when it is not told; None for nowhere."""
     if not torch.cuda.is_available() or any(p.device.type != "cpu" for p in model.parameters()):
         return None
-    return torch.device("cuda", describe_environment().local_rank or torch.cuda.current_device())
+    local_rank = describe_environment().local_rank
+    return torch.device("cuda", torch.cuda.current_device() if local_rank is None else local_rank)
 
 
 def _on_meta(model: nn.Module) -> bool:

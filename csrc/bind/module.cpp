@@ -33,7 +33,8 @@ auto on_tensors(Kernel kernel) {
     TORCH_CHECK_VALUE(dst.is_cpu() && src.is_cpu() && dst.is_contiguous() && src.is_contiguous() &&
                           dst.sizes() == src.sizes() && dst.scalar_type() == src.scalar_type(),
                       "expected two contiguous CPU tensors of one shape and dtype");
-    kernel(dtype_of(dst), dst.data_ptr(), src.const_data_ptr(), static_cast<std::size_t>(dst.numel()), scale);
+    kernel(dtype_of(dst), dst.data_ptr(), src.const_data_ptr(),
+           static_cast<std::size_t>(dst.numel()), scale);
   };
 }
 
@@ -41,7 +42,8 @@ std::shared_ptr<Reducer> make_reducer(std::vector<at::Tensor> params,
                                       std::vector<std::string> names,
                                       const c10::intrusive_ptr<c10d::ProcessGroup>& group,
                                       std::vector<std::int64_t> caps_bytes) {
-  auto reducer = std::make_shared<Reducer>(std::move(params), std::move(names), group, std::move(caps_bytes));
+  auto reducer =
+      std::make_shared<Reducer>(std::move(params), std::move(names), group, std::move(caps_bytes));
   reducer->attach();
   return reducer;
 }
@@ -54,10 +56,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::module_::import("torch.distributed");  // registers the type ProcessGroup
 
   py::class_<ParamSpec>(m, "ParamSpec")
-      .def(py::init<std::int64_t, std::int64_t, std::int64_t>(),
-           py::arg("numel"),
-           py::arg("element_bytes"),
-           py::arg("kind"));
+      .def(py::init<std::int64_t, std::int64_t, std::int64_t>(), py::arg("numel"),
+           py::arg("element_bytes"), py::arg("kind"));
   py::class_<SlotPlan>(m, "SlotPlan")
       .def_readonly("param", &SlotPlan::param)
       .def_readonly("offset", &SlotPlan::offset)
@@ -81,10 +81,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Reducer, std::shared_ptr<Reducer>>(m, "Reducer")
-      .def(py::init(&make_reducer),
-           py::arg("params"),
-           py::arg("names"),
-           py::arg("group"),
+      .def(py::init(&make_reducer), py::arg("params"), py::arg("names"), py::arg("group"),
            py::arg("caps_bytes"))
       .def_property("sync", &Reducer::sync, &Reducer::set_sync)
       .def("close", &Reducer::close, without_gil)

@@ -1,6 +1,6 @@
-// bfloat16 and float16 as bit patterns, converted by round-to-nearest-even exactly as torch converts them:
-// the two engines give the same bits only because these do. Guarded by tests/cpp/kernels_test.cpp and
-// tests/unit/test_kernels.py.
+// bfloat16 and float16 as bit patterns, converted by round-to-nearest-even exactly as torch
+// converts them: the two engines give the same bits only because these do. Guarded by
+// tests/cpp/kernels_test.cpp and tests/unit/test_kernels.py.
 #pragma once
 
 #include <bit>
@@ -21,7 +21,8 @@ inline float to_float(BFloat16 value) {
 }
 
 inline BFloat16 to_bfloat16(float value) {
-  if (value != value) return {0x7FC0};  // torch's one NaN; rounding could turn a NaN's payload into infinity
+  if (value != value)
+    return {0x7FC0};  // torch's one NaN; rounding could turn a NaN's payload into infinity
   const auto bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t rounding = 0x7FFFu + ((bits >> 16) & 1u);
   return {static_cast<std::uint16_t>((bits + rounding) >> 16)};

@@ -19,14 +19,15 @@ void check(const std::vector<ParamSpec>& params,
            const std::vector<std::int64_t>& caps_bytes) {
   if (caps_bytes.empty()) throw std::invalid_argument("plan_buckets: no bucket cap was given");
   if (order.size() != params.size()) {
-    throw std::invalid_argument("plan_buckets: the order names " + std::to_string(order.size()) + " parameters of " +
-                                std::to_string(params.size()));
+    throw std::invalid_argument("plan_buckets: the order names " + std::to_string(order.size()) +
+                                " parameters of " + std::to_string(params.size()));
   }
   std::vector<bool> seen(params.size(), false);
   for (const std::int64_t param : order) {
     const auto index = static_cast<std::size_t>(param);
     if (param < 0 || index >= params.size() || seen[index]) {
-      throw std::invalid_argument("plan_buckets: the order is not a permutation, see entry " + std::to_string(param));
+      throw std::invalid_argument("plan_buckets: the order is not a permutation, see entry " +
+                                  std::to_string(param));
     }
     seen[index] = true;
   }
@@ -42,8 +43,8 @@ struct Filling {
 Filling closed(Filling filling) {
   BucketPlan& bucket = filling.bucket;
   bucket.flags_offset = bucket.numel;
-  bucket.numel =
-      align_up(bucket.numel + static_cast<std::int64_t>(bucket.slots.size()), filling.element_bytes);
+  bucket.numel = align_up(bucket.numel + static_cast<std::int64_t>(bucket.slots.size()),
+                          filling.element_bytes);
   return filling;
 }
 
@@ -74,7 +75,8 @@ std::vector<BucketPlan> plan_buckets(const std::vector<ParamSpec>& params,
     }
   }
   for (auto& [kind, filling] : open) done.push_back(closed(std::move(filling)));
-  std::sort(done.begin(), done.end(), [](const Filling& a, const Filling& b) { return a.last_arrival < b.last_arrival; });
+  std::sort(done.begin(), done.end(),
+            [](const Filling& a, const Filling& b) { return a.last_arrival < b.last_arrival; });
 
   std::vector<BucketPlan> plan;
   plan.reserve(done.size());

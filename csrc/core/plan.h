@@ -1,8 +1,8 @@
 // Which gradient lies in which bucket, at which offset, and in which order the buckets are reduced.
 //
-// A plan is a pure function of the parameters' sizes, the order in which their gradients arrive and the size caps, so
-// ranks that agree on these agree on every collective. `fastddp/plan.py` is the same function in Python and the two are
-// compared in tests/unit/test_plan.py.
+// A plan is a pure function of the parameters' sizes, the order in which their gradients arrive and
+// the size caps, so ranks that agree on these agree on every collective. `fastddp/plan.py` is the
+// same function in Python and the two are compared in tests/unit/test_plan.py.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ inline constexpr std::int64_t kSlotAlignBytes = 16;
 struct ParamSpec {
   std::int64_t numel;          // real elements: a complex parameter counts two for each
   std::int64_t element_bytes;  // of one real element
-  std::int64_t kind;           // parameters share a bucket only when they are of the same kind (dtype)
+  std::int64_t kind;  // parameters share a bucket only when they are of the same kind (dtype)
 };
 
 struct SlotPlan {
@@ -36,10 +36,12 @@ struct BucketPlan {
   bool operator==(const BucketPlan&) const = default;
 };
 
-// Buckets in the order in which they are launched: that in which they fill when gradients arrive in `order`.
+// Buckets in the order in which they are launched: that in which they fill when gradients arrive in
+// `order`.
 //
-// `order` is a permutation of the parameters. `caps_bytes` is not empty: the k-th bucket of a kind is closed once it
-// holds caps_bytes[k] bytes, the last entry serving all further ones. Throws std::invalid_argument otherwise.
+// `order` is a permutation of the parameters. `caps_bytes` is not empty: the k-th bucket of a kind
+// is closed once it holds caps_bytes[k] bytes, the last entry serving all further ones. Throws
+// std::invalid_argument otherwise.
 std::vector<BucketPlan> plan_buckets(const std::vector<ParamSpec>& params,
                                      const std::vector<std::int64_t>& order,
                                      const std::vector<std::int64_t>& caps_bytes);

@@ -1,8 +1,8 @@
 // Counts gradients in and says which buckets may be launched.
 //
-// Invariant: buckets are launched in plan order whatever order they fill in. Ranks fill them in different orders; a
-// collective issued out of order would be summed with another rank's different bucket.
-// Guarded by tests/cpp/core_test.cpp.
+// Invariant: buckets are launched in plan order whatever order they fill in. Ranks fill them in
+// different orders; a collective issued out of order would be summed with another rank's different
+// bucket. Guarded by tests/cpp/core_test.cpp.
 #pragma once
 
 #include <cstddef>
@@ -36,10 +36,13 @@ class ReadyTracker {
 
 inline ReadyTracker::ReadyTracker(const std::vector<BucketPlan>& plan) {
   missing_.reserve(plan.size());
-  for (const BucketPlan& bucket : plan) missing_.push_back(static_cast<std::int64_t>(bucket.slots.size()));
+  for (const BucketPlan& bucket : plan)
+    missing_.push_back(static_cast<std::int64_t>(bucket.slots.size()));
 }
 
-inline std::size_t ReadyTracker::pop_full() { return next_ < missing_.size() && missing_[next_] == 0 ? next_++ : kNone; }
+inline std::size_t ReadyTracker::pop_full() {
+  return next_ < missing_.size() && missing_[next_] == 0 ? next_++ : kNone;
+}
 
 inline std::size_t ReadyTracker::pop() { return next_ < missing_.size() ? next_++ : kNone; }
 

@@ -1,8 +1,9 @@
-// The pass that moves a gradient into its bucket: copy, or add, with the scale by 1 / world size on the way.
+// The pass that moves a gradient into its bucket: copy, or add, with the scale by 1 / world size on
+// the way.
 //
-// Arithmetic is that of torch's `mul` and `add` on the CPU: the scale is rounded to float (double for float64), each
-// operation rounds once, 16-bit types are computed in float. Built with -ffp-contract=off: one fused multiply-add would
-// break bit equality with the Python engine.
+// Arithmetic is that of torch's `mul` and `add` on the CPU: the scale is rounded to float (double
+// for float64), each operation rounds once, 16-bit types are computed in float. Built with
+// -ffp-contract=off: one fused multiply-add would break bit equality with the Python engine.
 #pragma once
 
 #include <cstddef>

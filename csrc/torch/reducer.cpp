@@ -17,7 +17,8 @@
 namespace fastddp {
 namespace {
 
-// Above this many elements torch's own kernel is used where it may run on several threads; the bits are the same.
+// Above this many elements torch's own kernel is used where it may run on several threads; the bits
+// are the same.
 constexpr std::int64_t kParallelNumel = 1 << 15;
 
 DType dtype_of(at::ScalarType dtype, const std::string& name) {
@@ -36,7 +37,9 @@ DType dtype_of(at::ScalarType dtype, const std::string& name) {
   }
 }
 
-at::Tensor as_real(const at::Tensor& tensor) { return tensor.is_complex() ? at::view_as_real(tensor) : tensor; }
+at::Tensor as_real(const at::Tensor& tensor) {
+  return tensor.is_complex() ? at::view_as_real(tensor) : tensor;
+}
 
 // Whether the two hold their elements in the same places, so that one flat loop runs over both.
 bool same_layout(const at::Tensor& a, const at::Tensor& b) {
@@ -44,7 +47,8 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 }
 
 bool runs_flat(const at::Tensor& slot, const at::Tensor& grad) {
-  return slot.is_cpu() && grad.is_cpu() && same_layout(slot, grad) && slot.is_non_overlapping_and_dense() &&
+  return slot.is_cpu() && grad.is_cpu() && same_layout(slot, grad) &&
+         slot.is_non_overlapping_and_dense() &&
          (grad.numel() < kParallelNumel || at::get_num_threads() == 1);
 }
 
@@ -70,16 +74,19 @@ void add(DType dtype, const at::Tensor& slot, const at::Tensor& grad, double sca
 }
 
 double us_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start)
+      .count();
 }
 
 }  // namespace
 
 struct GradientHook final : torch::autograd::FunctionPostHook {
-  GradientHook(std::weak_ptr<Reducer> owner, std::size_t param) : reducer(std::move(owner)), index(param) {}
+  GradientHook(std::weak_ptr<Reducer> owner, std::size_t param)
+      : reducer(std::move(owner)), index(param) {}
 
-  torch::autograd::variable_list operator()(const torch::autograd::variable_list& outputs,
-                                            const torch::autograd::variable_list& /*inputs*/) override {
+  torch::autograd::variable_list operator()(
+      const torch::autograd::variable_list& outputs,
+      const torch::autograd::variable_list& /*inputs*/) override {
     if (const auto alive = reducer.lock()) alive->on_gradient(index);
     return outputs;
   }
@@ -88,8 +95,8 @@ struct GradientHook final : torch::autograd::FunctionPostHook {
   const std::size_t index;
 };
 
-// Lives in the backward's list of final callbacks: either it is called at the backward's end or, when the backward
-// raised, it is destroyed with the list. No round is left open in either case.
+// Lives in the backward's list of final callbacks: either it is called at the backward's end or,
+// when the backward raised, it is destroyed with the list. No round is left open in either case.
 struct RoundEnd {
   explicit RoundEnd(std::shared_ptr<Reducer> owner) : reducer(std::move(owner)) {}
   RoundEnd(const RoundEnd&) = delete;
@@ -103,7 +110,8 @@ struct RoundEnd {
   }
 
   const std::shared_ptr<Reducer> reducer;
-  bool open = false;  // set once the callback is queued: abandon_round() takes the lock that queueing holds
+  bool open =
+      false;  // set once the callback is queued: abandon_round() takes the lock that queueing holds
 };
 
 Reducer::Reducer(std::vector<at::Tensor> params,
@@ -114,15 +122,17 @@ Reducer::Reducer(std::vector<at::Tensor> params,
       rank_(group->getRank()),
       scale_(1.0 / group->getSize()),
       caps_bytes_(std::move(caps_bytes)) {
-  TORCH_CHECK_VALUE(params.size() == names.size(), "fastddp: ", params.size(), " parameters but ", names.size(),
-                    " names");
+  TORCH_CHECK_VALUE(params.size() == names.size(), "fastddp: ", params.size(), " parameters but ",
+                    names.size(), " names");
   for (std::size_t i = 0; i < params.size(); ++i) {
     const DType dtype = dtype_of(params[i].scalar_type(), names[i]);
-    specs_.push_back({static_cast<std::int64_t>(real_numel(params[i])), static_cast<std::int64_t>(size_of(dtype)),
-                      static_cast<std::int64_t>(dtype)});
-    params_.push_back({.variable = std::move(params[i]), .name = std::move(names[i]), .dtype = dtype});
+    specs_.push_back({static_cast<std::int64_t>(real_numel(params[i])),
+                      static_cast<std::int64_t>(size_of(dtype)), static_cast<std::int64_t>(dtype)});
+    params_.push_back(
+        {.variable = std::move(params[i]), .name = std::move(names[i]), .dtype = dtype});
   }
-  // Until the arrival order is known: gradients come back roughly in the reverse of the order of registration.
+  // Until the arrival order is known: gradients come back roughly in the reverse of the order of
+  // registration.
   std::vector<std::int64_t> order(params_.size());
   std::iota(order.rbegin(), order.rend(), 0);
   plan_ = plan_buckets(specs_, order, caps_bytes_);
@@ -131,7 +141,8 @@ Reducer::Reducer(std::vector<at::Tensor> params,
 void Reducer::attach() {
   for (std::size_t i = 0; i < params_.size(); ++i) {
     params_[i].accumulator = torch::autograd::impl::grad_accumulator(params_[i].variable);
-    params_[i].hook = params_[i].accumulator->add_post_hook(std::make_unique<GradientHook>(weak_from_this(), i));
+    params_[i].hook =
+        params_[i].accumulator->add_post_hook(std::make_unique<GradientHook>(weak_from_this(), i));
   }
 }
 
@@ -153,7 +164,8 @@ std::vector<BucketPlan> Reducer::plan() const {
   return plan_;
 }
 
-// ---- called by autograd ----------------------------------------------------------------------------------------
+// ---- called by autograd
+// ----------------------------------------------------------------------------------------
 
 void Reducer::on_gradient(std::size_t param) {
   const std::lock_guard lock(mutex_);
@@ -200,7 +212,8 @@ void Reducer::abandon_round() noexcept {
   buckets_.clear();  // collectives still write to them; the next round gets its own
 }
 
-// ---- one round -------------------------------------------------------------------------------------------------
+// ---- one round
+// -------------------------------------------------------------------------------------------------
 
 void Reducer::begin_round() {
   if (agreement_) {
@@ -224,10 +237,12 @@ void Reducer::begin_round() {
 void Reducer::install_plan() {
   stats_.bytes_per_round = 0;
   stats_.num_buckets = static_cast<std::int64_t>(plan_.size());
-  for (Param& param : params_) param.slot.reset();  // frees the old buckets before the new are allocated
+  for (Param& param : params_)
+    param.slot.reset();  // frees the old buckets before the new are allocated
   for (const BucketPlan& bucket_plan : plan_) {
     const Param& first = params_[static_cast<std::size_t>(bucket_plan.slots.front().param)];
-    const at::Tensor flat = allocate(bucket_plan.numel, c10::toRealValueType(first.variable.scalar_type()));
+    const at::Tensor flat =
+        allocate(bucket_plan.numel, c10::toRealValueType(first.variable.scalar_type()));
     stats_.bytes_per_round += static_cast<std::int64_t>(flat.nbytes());
     for (const SlotPlan& slot : bucket_plan.slots) {
       Param& param = params_[static_cast<std::size_t>(slot.param)];
@@ -243,21 +258,26 @@ void Reducer::take(std::size_t index) {
   Param& param = params_[index];
   at::Tensor& grad = param.variable.mutable_grad();
   if (!grad.defined()) return;
-  TORCH_CHECK_NOT_IMPLEMENTED(!grad.is_sparse(), "fastddp: parameter '", param.name,
-                              "' has a sparse gradient, which is not supported yet; use sparse=False");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !grad.is_sparse(), "fastddp: parameter '", param.name,
+      "' has a sparse gradient, which is not supported yet; use sparse=False");
   if (!round_->taken[index]) {
     write(param.dtype, param.slot, grad, scale_);
     round_->taken[index] = true;
     round_->arrival.push_back(static_cast<std::int64_t>(index));
     round_->tracker.mark(param.bucket);
   } else {
-    TORCH_CHECK(!round_->tracker.launched(param.bucket), "fastddp: rank ", rank_, ": parameter '", param.name,
-                "' got a second gradient in one backward after the first was already sent. This happens with "
-                "re-entrant activation checkpointing of shared parameters; use checkpoint(..., use_reentrant=False)");
+    TORCH_CHECK(!round_->tracker.launched(param.bucket), "fastddp: rank ", rank_, ": parameter '",
+                param.name,
+                "' got a second gradient in one backward after the first was already sent. This "
+                "happens with "
+                "re-entrant activation checkpointing of shared parameters; use checkpoint(..., "
+                "use_reentrant=False)");
     add(param.dtype, param.slot, grad, scale_);
   }
   grad.reset();
-  for (auto bucket = round_->tracker.pop_full(); bucket != ReadyTracker::kNone; bucket = round_->tracker.pop_full()) {
+  for (auto bucket = round_->tracker.pop_full(); bucket != ReadyTracker::kNone;
+       bucket = round_->tracker.pop_full()) {
     launch(bucket);
   }
 }
@@ -284,7 +304,8 @@ void Reducer::add_bystander(std::size_t index, const at::Tensor& flag) {
     write(param.dtype, param.slot, grad, scale_);
     return;
   } else {
-    // The reduction overwrites the slot. If no rank has a new gradient the old must come back bit for bit.
+    // The reduction overwrites the slot. If no rank has a new gradient the old must come back bit
+    // for bit.
     const at::Tensor old = grad.is_alias_of(param.slot) ? grad.clone() : grad;
     write(param.dtype, param.slot, grad, scale_);
     grad = old;
@@ -294,13 +315,15 @@ void Reducer::add_bystander(std::size_t index, const at::Tensor& flag) {
 }
 
 void Reducer::flush() {
-  for (auto bucket = round_->tracker.pop(); bucket != ReadyTracker::kNone; bucket = round_->tracker.pop()) {
+  for (auto bucket = round_->tracker.pop(); bucket != ReadyTracker::kNone;
+       bucket = round_->tracker.pop()) {
     launch(bucket);
   }
   if (!order_is_learned_) agree_on_order();
 }
 
-// Starts to send rank 0's arrival order to all; the next round, on every rank, begins with the plan made from it.
+// Starts to send rank 0's arrival order to all; the next round, on every rank, begins with the plan
+// made from it.
 void Reducer::agree_on_order() {
   std::vector<std::int64_t> order = round_->arrival;
   for (const BucketPlan& bucket : plan_) {
@@ -319,8 +342,8 @@ void Reducer::wait_for(std::size_t bucket) {
   try {
     round_->works[bucket]->wait();
   } catch (const std::exception& error) {
-    TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": the all-reduce of ", describe(bucket),
-                     " failed: ", error.what());
+    TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": the all-reduce of ",
+                     describe(bucket), " failed: ", error.what());
   }
 }
 
@@ -330,30 +353,38 @@ void Reducer::hand_out() {
     param.variable.mutable_grad() = param.slot;
   }
   for (Bystander& bystander : round_->bystanders) {
-    // Reading a flag from a device waits for it, which only a rank without a gradient for this parameter does.
+    // Reading a flag from a device waits for it, which only a rank without a gradient for this
+    // parameter does.
     const bool used_elsewhere = bystander.flag.item<double>() != 0;
-    if (!used_elsewhere) params_[bystander.param].variable.mutable_grad() = std::move(bystander.grad);
+    if (!used_elsewhere)
+      params_[bystander.param].variable.mutable_grad() = std::move(bystander.grad);
   }
 }
 
-// ---- memory and names ------------------------------------------------------------------------------------------
+// ---- memory and names
+// ------------------------------------------------------------------------------------------
 
 // Zeroed, so that the padding between slots sums to zero for ever.
 at::Tensor Reducer::allocate(std::int64_t numel, at::ScalarType dtype) const {
   const at::Device device = params_.front().variable.device();
   const auto options = at::TensorOptions().dtype(dtype).device(device);
   const auto backend = group()->getBackend(device.type());
-  if (backend->supportsTensorAlloc(device.index())) return backend->allocateTensor(numel, options).zero_();
+  if (backend->supportsTensorAlloc(device.index()))
+    return backend->allocateTensor(numel, options).zero_();
   return at::zeros({numel}, options);
 }
 
-// Shares the bucket's storage but is not a view to autograd, so `grad.detach_()` and the like work on it.
-at::Tensor Reducer::make_slot(const Param& param, const at::Tensor& flat, const SlotPlan& slot) const {
+// Shares the bucket's storage but is not a view to autograd, so `grad.detach_()` and the like work
+// on it.
+at::Tensor Reducer::make_slot(const Param& param,
+                              const at::Tensor& flat,
+                              const SlotPlan& slot) const {
   const at::Tensor& variable = param.variable;
   const auto sizes = variable.sizes();
   at::Tensor result = at::empty({0}, variable.options().requires_grad(false));
   const auto contiguous = at::detail::defaultStrides(sizes);
-  const auto strides = variable.is_non_overlapping_and_dense() ? variable.strides() : at::IntArrayRef(contiguous);
+  const auto strides =
+      variable.is_non_overlapping_and_dense() ? variable.strides() : at::IntArrayRef(contiguous);
   const std::int64_t offset = variable.is_complex() ? slot.offset / 2 : slot.offset;
   at::AutoDispatchBelowADInplaceOrView guard;
   result.set_(flat.storage(), offset, sizes, strides);
@@ -370,9 +401,11 @@ c10::intrusive_ptr<c10d::ProcessGroup> Reducer::group() const {
 
 std::string Reducer::describe(std::size_t bucket) const {
   const auto& slots = plan_[bucket].slots;
-  const auto name = [this](const SlotPlan& slot) { return params_[static_cast<std::size_t>(slot.param)].name; };
-  std::string text = "bucket " + std::to_string(bucket + 1) + " of " + std::to_string(plan_.size()) + " ('" +
-                     name(slots.front()) + "'";
+  const auto name = [this](const SlotPlan& slot) {
+    return params_[static_cast<std::size_t>(slot.param)].name;
+  };
+  std::string text = "bucket " + std::to_string(bucket + 1) + " of " +
+                     std::to_string(plan_.size()) + " ('" + name(slots.front()) + "'";
   if (slots.size() > 1) text += " to '" + name(slots.back()) + "'";
   return text + ")";
 }

@@ -1,17 +1,22 @@
 // The C++ engine: gradients into buckets, buckets into collectives, while backward goes on.
 //
 // One synchronised backward is a *round*. Its life:
-//   first gradient   -> begin_round(): install the plan if a new one is due, queue finish_round() on the backward
-//   each gradient    -> take(): scale it into its slot, empty `.grad`, launch the buckets that are full, in plan order
-//   end of backward  -> finish_round(): launch what is left, wait, make each `.grad` the reduced slot
-//   backward raised  -> abandon_round(): launch what is left and wait for nothing
+//   first gradient   -> begin_round(): install the plan if a new one is due, queue finish_round()
+//   on the backward each gradient    -> take(): scale it into its slot, empty `.grad`, launch the
+//   buckets that are full, in plan order end of backward  -> finish_round(): launch what is left,
+//   wait, make each `.grad` the reduced slot backward raised  -> abandon_round(): launch what is
+//   left and wait for nothing
 //
 // Invariants, each with the test that guards it:
-// * Every rank launches every bucket of the plan in every round, also those it has no gradient for. Ranks therefore
-//   stay in step when they use different parameters or when one of them raises. (test_accumulation.py)
-// * `.grad` is empty while its bucket is in flight, so nothing but the collective can touch a launched bucket: a second
+// * Every rank launches every bucket of the plan in every round, also those it has no gradient for.
+// Ranks therefore
+//   stay in step when they use different parameters or when one of them raises.
+//   (test_accumulation.py)
+// * `.grad` is empty while its bucket is in flight, so nothing but the collective can touch a
+// launched bucket: a second
 //   gradient of the same parameter arrives in fresh memory. (test_gradients.py)
-// * The reducer never owns its process group. Freeing a group joins its threads; doing so from a destructor that holds
+// * The reducer never owns its process group. Freeing a group joins its threads; doing so from a
+// destructor that holds
 //   the GIL deadlocks. (test_launch.py)
 // * Memory is allocated at the head of a round only, and only when the plan is new.
 //
@@ -36,7 +41,8 @@
 
 namespace fastddp {
 
-// Host-side figures of the rounds so far. Waiting is only seen by the host for collectives on the CPU.
+// Host-side figures of the rounds so far. Waiting is only seen by the host for collectives on the
+// CPU.
 struct Stats {
   std::int64_t rounds = 0;
   double wait_us_total = 0;  // spent at the end of backward until the last bucket was reduced
@@ -53,7 +59,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
           const c10::intrusive_ptr<c10d::ProcessGroup>& group,
           std::vector<std::int64_t> caps_bytes);
 
-  // Hooks every parameter's gradient accumulation. Apart from the constructor because hooks need a shared owner.
+  // Hooks every parameter's gradient accumulation. Apart from the constructor because hooks need a
+  // shared owner.
   void attach();
   // Removes the hooks; the parameters' gradients are then left alone.
   void close();
@@ -69,7 +76,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   friend struct GradientHook;
   friend struct RoundEnd;
   // Named by the compiler: torch has changed the smart pointer's type before.
-  using NodePtr = decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()));
+  using NodePtr =
+      decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()));
 
   struct Param {
     at::Tensor variable;
@@ -78,7 +86,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
     NodePtr accumulator;  // the tensor itself holds only a weak reference
     std::uintptr_t hook = 0;
     std::size_t bucket = 0;
-    at::Tensor slot;            // where its reduced gradient lies, shaped and strided like the parameter
+    at::Tensor slot;  // where its reduced gradient lies, shaped and strided like the parameter
     bool accumulated = false;  // holds local gradients of backwards that were not synchronised
   };
 

@@ -106,6 +106,7 @@ class PythonReducer:
         caps_bytes: Sequence[int],
     ) -> None:
         self.sync = True
+        self._memory: list[_Memory] = []  # empty until the plan is installed
         self._params = list(params)
         self._names = list(names)
         self._specs = [ParamSpec.of(param) for param in params]
@@ -118,7 +119,6 @@ class PythonReducer:
         order = list(reversed(range(len(self._params))))
         self._plan = plan_buckets(self._specs, order, self._caps_bytes)
 
-        self._memory: list[_Memory] = []  # empty until the plan is installed
         self._places: dict[int, _Place] = {}
         self._accumulated: set[int] = (
             set()

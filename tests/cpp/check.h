@@ -41,23 +41,23 @@ inline int run() {
 
 }  // namespace check
 
-#define CHECK(condition) \
-  do {                   \
+#define CHECK(condition)                                             \
+  do {                                                               \
     if (!(condition)) ::check::fail(__FILE__, __LINE__, #condition); \
   } while (false)
 
-#define CHECK_THROWS(expression, Exception)                                           \
-  do {                                                                                \
-    bool thrown = false;                                                              \
-    try {                                                                             \
-      (void)(expression);                                                             \
-    } catch (const Exception&) {                                                      \
-      thrown = true;                                                                  \
-    }                                                                                 \
+#define CHECK_THROWS(expression, Exception)                                                   \
+  do {                                                                                        \
+    bool thrown = false;                                                                      \
+    try {                                                                                     \
+      (void)(expression);                                                                     \
+    } catch (const Exception&) {                                                              \
+      thrown = true;                                                                          \
+    }                                                                                         \
     if (!thrown) ::check::fail(__FILE__, __LINE__, #expression " did not throw " #Exception); \
   } while (false)
 
-#define TEST(name)                                             \
-  static void name();                                          \
+#define TEST(name)                                                    \
+  static void name();                                                 \
   static const ::check::Registration name##_registered(#name, &name); \
   static void name()

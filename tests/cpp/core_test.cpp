@@ -111,14 +111,16 @@ TEST(random_arrivals_launch_each_bucket_once_and_in_order) {
     const auto plan = plan_buckets(params, order, {64, 512});
     std::vector<std::size_t> bucket_of(params.size());
     for (std::size_t bucket = 0; bucket < plan.size(); ++bucket) {
-      for (const SlotPlan& slot : plan[bucket].slots) bucket_of[static_cast<std::size_t>(slot.param)] = bucket;
+      for (const SlotPlan& slot : plan[bucket].slots)
+        bucket_of[static_cast<std::size_t>(slot.param)] = bucket;
     }
     std::shuffle(order.begin(), order.end(), random);
     ReadyTracker tracker(plan);
     std::size_t expected = 0;
     for (const std::int64_t param : order) {
       tracker.mark(bucket_of[static_cast<std::size_t>(param)]);
-      for (auto bucket = tracker.pop_full(); bucket != ReadyTracker::kNone; bucket = tracker.pop_full()) {
+      for (auto bucket = tracker.pop_full(); bucket != ReadyTracker::kNone;
+           bucket = tracker.pop_full()) {
         CHECK(bucket == expected++);
       }
     }

@@ -51,7 +51,8 @@ TEST(copies_of_every_length_scale_and_stay_in_bounds) {
     for (std::size_t i = 0; i < numel; ++i) src[i] = static_cast<float>(i) * 3;
     scale_copy(DType::kFloat32, dst.data() + 1, src.data(), numel, 1.0 / 3);
     CHECK(dst.front() == -1.0f && dst.back() == -1.0f);
-    for (std::size_t i = 0; i < numel; ++i) CHECK(dst[i + 1] == src[i] * static_cast<float>(1.0 / 3));
+    for (std::size_t i = 0; i < numel; ++i)
+      CHECK(dst[i + 1] == src[i] * static_cast<float>(1.0 / 3));
   }
 }
 

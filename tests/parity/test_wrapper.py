@@ -367,7 +367,6 @@ def _hooks_through_the_wrapper(rank: int, world_size: int, engine: str) -> None:
     outer.load_state_dict(outer.state_dict())
 
 
-@pytest.mark.xfail(reason="bug: the wrapper keeps these hooks and the model makes the checkpoint")
 def test_checkpoint_hooks_registered_through_the_wrapper(engine: str) -> None:
     run_ranks(_hooks_through_the_wrapper, 2, engine)
 
@@ -565,7 +564,6 @@ def _conversions(rank: int, world_size: int, engine: str) -> None:
         _assert_synchronises(before, rank, world_size, f"{dtype} before")
 
 
-@pytest.mark.xfail(reason="bug: a parameter whose dtype changes gets a new, unhooked gradient node")
 def test_conversions_of_a_wrapped_model(engine: str) -> None:
     run_ranks(_conversions, 2, engine)
 
@@ -580,7 +578,6 @@ def _conversion_part_way(rank: int, world_size: int, engine: str) -> None:
         assert {p.grad.dtype for p in ours.parameters()} == {torch.float64}
 
 
-@pytest.mark.xfail(reason="bug: a parameter whose dtype changes gets a new, unhooked gradient node")
 def test_conversion_after_the_first_steps(engine: str) -> None:
     run_ranks(_conversion_part_way, 2, engine)
 
@@ -730,7 +727,6 @@ def _frameworks(rank: int, world_size: int, engine: str) -> None:
         assert data["can_set_static_graph"]
 
 
-@pytest.mark.xfail(reason="bug: reducer has no prepare_for_backward and no _rebuild_buckets")
 def test_what_frameworks_call(engine: str) -> None:
     run_ranks(_frameworks, 2, engine)
 
