@@ -58,13 +58,13 @@ def torch_ddp(
     )
 
 
-def torch_silent(module: nn.Module, groups: Groups) -> nn.Module:
+def torch_silent(module: nn.Module, groups: Groups, *, view: bool = False) -> nn.Module:
     """Torch's reducer with every bucket finished as soon as it is full.
 
     The hook is needed because a silent group's future carries no tensors, and torch's own path
     insists on them.
     """
-    ddp = TorchDDP(module, process_group=groups.silent, gradient_as_bucket_view=True)
+    ddp = TorchDDP(module, process_group=groups.silent, gradient_as_bucket_view=view)
     ddp.register_comm_hook(None, _return_at_once)
     return ddp
 
@@ -89,10 +89,11 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant(NOSYNC, leave, synchronises=False),
-        Variant(TORCH, torch_ddp),
-        Variant("torch-view", partial(torch_ddp, view=True), twin=TORCH_NOOP),
-        Variant("torch-static", partial(torch_ddp, view=True, static=True), twin=TORCH_NOOP),
+        Variant(TORCH, torch_ddp, twin=TORCH_NOOP),
+        Variant("torch-view", partial(torch_ddp, view=True), twin="torch-view-noop"),
+        Variant("torch-static", partial(torch_ddp, view=True, static=True), twin="torch-view-noop"),
         Variant(TORCH_NOOP, torch_silent, synchronises=False),
+        Variant("torch-view-noop", partial(torch_silent, view=True), synchronises=False),
         Variant("fastddp", partial(fast_ddp, engine="native"), twin="fastddp-noop"),
         Variant(
             "fastddp-noop", partial(fast_ddp, engine="native", silent=True), synchronises=False

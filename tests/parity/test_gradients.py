@@ -26,7 +26,7 @@ from tests.parity.checks import (
 )
 from tests.ranks import run_ranks
 
-STEPS = 4  # the second step brings the learned order and new buckets, the third re-uses them
+STEPS = 4  # the second step brings the learned order and new buckets, the third reuses them
 
 
 # --- torch's class --------------------------------------------------------------------------------
