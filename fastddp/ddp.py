@@ -158,7 +158,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
             moved, moved_kwargs = _to_kwargs(inputs, kwargs, replica.options.device_ids[0], True)
             inputs, kwargs = moved[0], moved_kwargs[0]
         output = self.module(*inputs, **kwargs)
-        replica.after_forward()
+        replica.after_forward(output)
         return output
 
     @contextmanager

@@ -14,6 +14,7 @@ from fastddp.agreement import agree_on_module, check_module, ignored_names
 from fastddp.collectives import BroadcastBuffer, broadcast_tensors
 from fastddp.engine.python import RoundStats
 from fastddp.options import Options
+from fastddp.outputs import tensors_in
 from fastddp.plan import BucketPlan
 
 
@@ -139,9 +140,11 @@ class Replica:
             self._packed_buffers = BroadcastBuffer(buffers)
         self._packed_buffers.broadcast(group)
 
-    def after_forward(self) -> None:
-        """Takes note whether this forward may be followed by a synchronised backward."""
+    def after_forward(self, output: object) -> None:
+        """Takes note of where backward will come from, and whether it may be synchronised."""
         self._sync_buffers_next = torch.is_grad_enabled() and self._sync
+        if self._reducer is not None and torch.is_grad_enabled():
+            self._reducer.watch(list(tensors_in(output)))
 
     def _buffers(self) -> list[torch.Tensor]:
         # Looked up anew each time: modules replace their buffers by assignment.

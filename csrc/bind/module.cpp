@@ -84,6 +84,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init(&make_reducer), py::arg("params"), py::arg("names"), py::arg("group"),
            py::arg("caps_bytes"))
       .def_property("sync", &Reducer::sync, &Reducer::set_sync)
+      .def("watch", &Reducer::watch, py::arg("outputs"))
       .def("close", &Reducer::close, without_gil)
       .def("stats", &Reducer::stats, without_gil)
       .def("plan", &Reducer::plan, without_gil);

@@ -6,6 +6,7 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
 #include <chrono>
@@ -146,6 +147,15 @@ void Reducer::attach() {
   }
 }
 
+void Reducer::watch(const std::vector<at::Tensor>& outputs) {
+  for (const at::Tensor& output : outputs) {
+    if (!output.requires_grad() || output.is_leaf()) continue;
+    output.register_hook([reducer = weak_from_this()](const at::Tensor& /*grad*/) {
+      if (const auto alive = reducer.lock()) alive->on_backward();
+    });
+  }
+}
+
 void Reducer::close() {
   const std::lock_guard lock(mutex_);
   for (Param& param : params_) {
@@ -166,6 +176,16 @@ std::vector<BucketPlan> Reducer::plan() const {
 
 // ---- called by autograd
 // ----------------------------------------------------------------------------------------
+
+void Reducer::on_backward() {
+  // Not empty for autograd.grad() and backward(inputs=...), which need not involve the other ranks.
+  if (!torch::autograd::get_current_graph_task_exec_info()->empty()) return;
+  const std::lock_guard lock(mutex_);
+  const c10::NoGradGuard no_grad;
+  const auto trains = [](const Param& param) { return param.variable.requires_grad(); };
+  if (round_ || !sync_ || std::none_of(params_.begin(), params_.end(), trains)) return;
+  begin_round();
+}
 
 void Reducer::on_gradient(std::size_t param) {
   const std::lock_guard lock(mutex_);

@@ -8,6 +8,9 @@
 //   left and wait for nothing
 //
 // Invariants, each with the test that guards it:
+// * A round begins when backward reaches an output of forward, or at the first gradient if there is
+//   no such output. The former is the same on every rank, whatever parameters it goes on to reach,
+//   and is outside of any re-entrant backward. (test_accumulation.py)
 // * Every rank launches every bucket of the plan in every round, also those it has no gradient for.
 // Ranks therefore
 //   stay in step when they use different parameters or when one of them raises.
@@ -62,6 +65,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   // Hooks every parameter's gradient accumulation. Apart from the constructor because hooks need a
   // shared owner.
   void attach();
+  // Tells the reducer what forward has returned.
+  void watch(const std::vector<at::Tensor>& outputs);
   // Removes the hooks; the parameters' gradients are then left alone.
   void close();
 
@@ -118,6 +123,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
     c10::intrusive_ptr<c10d::Work> work;
   };
 
+  void on_backward();
   void on_gradient(std::size_t param);
   void finish_round();
   void abandon_round() noexcept;

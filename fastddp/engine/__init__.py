@@ -51,7 +51,14 @@ class Reducer(Protocol):
     """Averages gradients; made by :func:`make_reducer`, owned by one wrapped module."""
 
     sync: bool
-    """Whether a backward that begins now is synchronised. Read at its first gradient."""
+    """Whether a backward that begins now is synchronised. Read when backward begins."""
+
+    def watch(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Takes note of what a forward has returned, after each, in grad mode.
+
+        A backward that goes through one of them is a round on every rank, also on one where it
+        then reaches no parameter.
+        """
 
     def close(self) -> None:
         """Unhooks the parameters. Their next gradients are left alone; call once, at any time."""

@@ -34,6 +34,9 @@ class NativeReducer:
     def sync(self, value: bool) -> None:
         self._reducer.sync = value
 
+    def watch(self, outputs: Sequence[torch.Tensor]) -> None:
+        self._reducer.watch(outputs)
+
     def close(self) -> None:
         self._reducer.close()
 

@@ -2,13 +2,17 @@
 
 One synchronised backward is a *round*. Its life:
 
-* first gradient: ``_begin_round`` installs the plan if a new one is due and asks autograd to call
-  back at the end of this backward.
+* it begins: ``_begin_round`` installs the plan if a new one is due and asks autograd to call back
+  at the end of this backward.
 * each gradient: ``_take`` scales it into its slot, empties ``.grad`` and launches the buckets that
   are full, in plan order.
 * end of backward: ``_finish_round`` launches what is left, waits, and makes each ``.grad`` the
   reduced slot.
 * backward raised: ``_abandon_round`` launches what is left and waits for nothing.
+
+A round begins when backward reaches an output of forward, or at the first gradient if there is no
+such output. The former is the same on every rank, whatever parameters it goes on to reach, and is
+outside of any re-entrant backward.
 
 Every rank launches every bucket in every round, also those it has no gradient for, so ranks stay in
 step when they use different parameters or when one of them raises. ``.grad`` is empty while its
@@ -24,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
 from fastddp.collectives import Loan
@@ -135,6 +139,12 @@ class PythonReducer:
             node.register_hook(_gradient_hook(this, nth)) for nth, node in enumerate(self._nodes)
         ]
 
+    def watch(self, outputs: Sequence[torch.Tensor]) -> None:
+        this = weakref.ref(self)
+        for output in outputs:
+            if output.requires_grad and not output.is_leaf:
+                output.register_hook(_backward_hook(this))
+
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -150,6 +160,13 @@ class PythonReducer:
         return self._plan
 
     # ---- called by autograd ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _on_backward(self) -> None:
+        if self._round is not None or not self.sync or not _accumulates():
+            return
+        if any(param.requires_grad for param in self._params):
+            self._round = self._begin_round()
 
     @torch.no_grad()
     def _on_gradient(self, index: int) -> None:
@@ -338,6 +355,30 @@ class PythonReducer:
         if len(slots) > 1:
             names += f" to '{self._names[slots[-1].param]}'"
         return f"bucket {bucket + 1} of {len(self._plan.buckets)} ({names})"
+
+
+def _backward_hook(reducer: weakref.ref[PythonReducer]) -> Callable[[torch.Tensor], None]:
+    def hook(_: torch.Tensor) -> None:
+        alive = reducer()
+        if alive is not None:
+            alive._on_backward()
+
+    return hook
+
+
+def _accumulates() -> bool:
+    """Returns whether the current backward is one that fills ``.grad``.
+
+    ``autograd.grad()`` and ``backward(inputs=...)`` are not, and need not involve the other ranks.
+    They pass by every leaf that they were not asked for; so one leaf below tells.
+    """
+    node: Node | None = torch._C._current_autograd_node()
+    while node is not None and not hasattr(node, "variable"):  # until it is a leaf's
+        node = next((below for below, _ in node.next_functions if below is not None), None)
+    try:
+        return node is None or torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # autograd.grad() was asked for this very leaf
+        return False
 
 
 def _gradient_hook(reducer: weakref.ref[PythonReducer], index: int) -> Callable[..., None]:

@@ -626,22 +626,8 @@ def a_sparse_gradient_is_refused_by_name(rank: int, world_size: int, engine: str
         loss_of(ours(torch.tensor([1, rank]))).backward()
 
 
-NOT_YET = {
-    reentrant_checkpoints_whose_number_differs_by_rank.__name__: "each inner backward is a round of"
-    " its own, so a rank with fewer of them pairs its next step with the others' last one",
-    a_rank_whose_backward_reaches_no_parameter.__name__: "no hook fires on that rank, so nothing"
-    " starts its round (nor does torch's class manage this)",
-}
-
-
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=NOT_YET[name]) if name in NOT_YET else ())
-        for name in SCENARIOS
-    ],
-)
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str, world_size: int, engine: str) -> None:
     run_ranks(SCENARIOS[name], world_size, engine)
 
