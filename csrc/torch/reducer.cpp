@@ -42,6 +42,12 @@ at::Tensor as_real(const at::Tensor& tensor) {
   return tensor.is_complex() ? at::view_as_real(tensor) : tensor;
 }
 
+// The gradient with its values in memory: a lazy conjugation or negation is only a bit on the
+// tensor.
+at::Tensor resolved(const at::Tensor& grad) {
+  return grad.is_conj() || grad.is_neg() ? grad.resolve_conj().resolve_neg() : grad;
+}
+
 // Whether the two hold their elements in the same places, so that one flat loop runs over both.
 bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() && a.strides() == b.strides();
@@ -57,7 +63,8 @@ std::size_t real_numel(const at::Tensor& tensor) {
   return static_cast<std::size_t>(tensor.numel()) * (tensor.is_complex() ? 2 : 1);
 }
 
-void write(DType dtype, const at::Tensor& slot, const at::Tensor& grad, double scale) {
+void write(DType dtype, const at::Tensor& slot, const at::Tensor& lazy_grad, double scale) {
+  const at::Tensor grad = resolved(lazy_grad);
   if (runs_flat(slot, grad)) {
     scale_copy(dtype, slot.data_ptr(), grad.const_data_ptr(), real_numel(grad), scale);
   } else {
@@ -66,7 +73,8 @@ void write(DType dtype, const at::Tensor& slot, const at::Tensor& grad, double s
   }
 }
 
-void add(DType dtype, const at::Tensor& slot, const at::Tensor& grad, double scale) {
+void add(DType dtype, const at::Tensor& slot, const at::Tensor& lazy_grad, double scale) {
+  const at::Tensor grad = resolved(lazy_grad);
   if (runs_flat(slot, grad)) {
     scale_add(dtype, slot.data_ptr(), grad.const_data_ptr(), real_numel(grad), scale);
   } else {
@@ -111,8 +119,8 @@ struct RoundEnd {
   }
 
   const std::shared_ptr<Reducer> reducer;
-  bool open =
-      false;  // set once the callback is queued: abandon_round() takes the lock that queueing holds
+  // Set once the callback is queued: abandon_round() takes the lock that queueing holds.
+  bool open = false;
 };
 
 Reducer::Reducer(std::vector<at::Tensor> params,
@@ -174,8 +182,7 @@ std::vector<BucketPlan> Reducer::plan() const {
   return plan_;
 }
 
-// ---- called by autograd
-// ----------------------------------------------------------------------------------------
+// ---- called by autograd --------------------------------------------------------------
 
 void Reducer::on_backward() {
   // Not empty for autograd.grad() and backward(inputs=...), which need not involve the other ranks.
@@ -232,8 +239,7 @@ void Reducer::abandon_round() noexcept {
   buckets_.clear();  // collectives still write to them; the next round gets its own
 }
 
-// ---- one round
-// -------------------------------------------------------------------------------------------------
+// ---- one round -----------------------------------------------------------------------
 
 void Reducer::begin_round() {
   if (agreement_) {
@@ -257,8 +263,8 @@ void Reducer::begin_round() {
 void Reducer::install_plan() {
   stats_.bytes_per_round = 0;
   stats_.num_buckets = static_cast<std::int64_t>(plan_.size());
-  for (Param& param : params_)
-    param.slot.reset();  // frees the old buckets before the new are allocated
+  // Frees the old buckets before the new are allocated.
+  for (Param& param : params_) param.slot.reset();
   for (const BucketPlan& bucket_plan : plan_) {
     const Param& first = params_[static_cast<std::size_t>(bucket_plan.slots.front().param)];
     const at::Tensor flat =
@@ -290,9 +296,8 @@ void Reducer::take(std::size_t index) {
     TORCH_CHECK(!round_->tracker.launched(param.bucket), "fastddp: rank ", rank_, ": parameter '",
                 param.name,
                 "' got a second gradient in one backward after the first was already sent. This "
-                "happens with "
-                "re-entrant activation checkpointing of shared parameters; use checkpoint(..., "
-                "use_reentrant=False)");
+                "happens with re-entrant activation checkpointing of shared parameters; use "
+                "checkpoint(..., use_reentrant=False)");
     add(param.dtype, param.slot, grad, scale_);
   }
   grad.reset();
@@ -381,8 +386,7 @@ void Reducer::hand_out() {
   }
 }
 
-// ---- memory and names
-// ------------------------------------------------------------------------------------------
+// ---- memory and names ----------------------------------------------------------------
 
 // Zeroed, so that the padding between slots sums to zero for ever.
 at::Tensor Reducer::allocate(std::int64_t numel, at::ScalarType dtype) const {

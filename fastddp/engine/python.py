@@ -253,7 +253,7 @@ class PythonReducer:
             current.arrival.append(index)
             current.missing[place.bucket] -= 1
         elif current.next_bucket <= place.bucket:
-            _real(place.slot).add_(_real(grad).mul(self._scale))
+            _real(place.slot).add_(_real(_resolved(grad)).mul(self._scale))
         else:
             raise RuntimeError(
                 f"fastddp: rank {self._rank}: parameter '{self._names[index]}' got a second"
@@ -407,7 +407,12 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _write(slot: torch.Tensor, grad: torch.Tensor, scale: float) -> None:
-    torch.mul(_real(grad), scale, out=_real(slot))
+    torch.mul(_real(_resolved(grad)), scale, out=_real(slot))
+
+
+def _resolved(grad: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient with its values in memory, not with a lazy conjugation or negation."""
+    return grad.resolve_conj().resolve_neg()
 
 
 def _shares_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -117,3 +117,29 @@ def test_tensors_are_found_in_any_nesting():
     a, b, c, d = (torch.full((), float(i)) for i in range(4))
     output = [a, {"x": (b, "text", None), "y": Output(c, (d,))}, 7, Output]
     assert [t.item() for t in tensors_in(output)] == [0.0, 1.0, 2.0, 3.0]
+
+
+class Lazy(nn.Module):
+    """Its gradients reach the parameters as lazy conjugates and negatives: bits, not values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conjugated = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+        self.imaginary = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conjugated.conj() * x
+        return (y.real + y.imag + torch.complex(self.imaginary, self.imaginary).conj().imag).sum()
+
+
+def _lazy_gradients(rank: int, world_size: int, engine: str) -> None:
+    ours, plain = fastddp.wrap(Lazy(), engine=engine), Lazy()
+    inputs = [torch.tensor([1.0 + r, 2.0j + r]) for r in range(world_size)]
+    ours(inputs[rank]).backward()
+    (sum(plain(x) for x in inputs) / world_size).backward()
+    for name, param in plain.named_parameters():
+        assert torch.equal(ours.get_parameter(name).grad, param.grad), name
+
+
+def test_lazy_conjugates_are_resolved(engine: str) -> None:
+    run_ranks(_lazy_gradients, 2, engine)
