@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
-_CHUNK_BYTES = 25 * 1024 * 1024
+_CHUNK_BYTES = 1024 * 1024
 _DIGEST_BYTES = 32
 
 
