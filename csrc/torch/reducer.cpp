@@ -287,20 +287,23 @@ void Reducer::take(std::size_t index) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !grad.is_sparse(), "fastddp: parameter '", param.name,
       "' has a sparse gradient, which is not supported yet; use sparse=False");
-  if (!round_->taken[index]) {
+  int& taken = round_->taken[index];
+  if (taken == 0) {
     write(param.dtype, param.slot, grad, scale_);
-    round_->taken[index] = true;
     round_->arrival.push_back(static_cast<std::int64_t>(index));
-    round_->tracker.mark(param.bucket);
   } else {
     TORCH_CHECK(!round_->tracker.launched(param.bucket), "fastddp: rank ", rank_, ": parameter '",
-                param.name,
-                "' got a second gradient in one backward after the first was already sent. This "
-                "happens with re-entrant activation checkpointing of shared parameters; use "
+                param.name, "' got gradient number ", taken + 1, " of one backward after ", taken,
+                " had been sent, as many as it ever got before. This happens when re-entrant "
+                "activation checkpoints begin to share a parameter in the midst of training; use "
                 "checkpoint(..., use_reentrant=False)");
     add(param.dtype, param.slot, grad, scale_);
   }
+  if (++taken == param.expected) round_->tracker.mark(param.bucket);
   grad.reset();
+  // The first round launches nothing before its end: how many gradients a parameter gets in one
+  // backward (re-entrant checkpoints that share it bring several) is only known then.
+  if (!order_is_learned_) return;
   for (auto bucket = round_->tracker.pop_full(); bucket != ReadyTracker::kNone;
        bucket = round_->tracker.pop_full()) {
     launch(bucket);
@@ -314,7 +317,7 @@ void Reducer::launch(std::size_t index) {
   bucket.flags.fill_(1);
   for (std::size_t i = 0; i < slots.size(); ++i) {
     const auto param = static_cast<std::size_t>(slots[i].param);
-    if (!round_->taken[param]) add_bystander(param, bucket.flags[static_cast<std::int64_t>(i)]);
+    if (round_->taken[param] == 0) add_bystander(param, bucket.flags[static_cast<std::int64_t>(i)]);
   }
   std::vector<at::Tensor> tensors{bucket.flat};
   round_->works.push_back(group()->allreduce(tensors));
@@ -353,7 +356,7 @@ void Reducer::agree_on_order() {
   std::vector<std::int64_t> order = round_->arrival;
   for (const BucketPlan& bucket : plan_) {
     for (const SlotPlan& slot : bucket.slots) {
-      if (!round_->taken[static_cast<std::size_t>(slot.param)]) order.push_back(slot.param);
+      if (round_->taken[static_cast<std::size_t>(slot.param)] == 0) order.push_back(slot.param);
     }
   }
   Agreement agreement;
@@ -373,8 +376,10 @@ void Reducer::wait_for(std::size_t bucket) {
 }
 
 void Reducer::hand_out() {
-  for (Param& param : params_) {
+  for (std::size_t i = 0; i < params_.size(); ++i) {
+    Param& param = params_[i];
     param.accumulated = false;
+    param.expected = std::max(param.expected, round_->taken[i]);
     param.variable.mutable_grad() = param.slot;
   }
   for (Bystander& bystander : round_->bystanders) {

@@ -93,6 +93,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
     std::size_t bucket = 0;
     at::Tensor slot;  // where its reduced gradient lies, shaped and strided like the parameter
     bool accumulated = false;  // holds local gradients of backwards that were not synchronised
+    int expected = 1;          // gradients per round: the most that there have been
   };
 
   struct Bucket {
@@ -109,9 +110,9 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
 
   struct Round {
     explicit Round(const std::vector<BucketPlan>& plan, std::size_t num_params)
-        : tracker(plan), taken(num_params, false) {}
+        : tracker(plan), taken(num_params, 0) {}
     ReadyTracker tracker;
-    std::vector<bool> taken;
+    std::vector<int> taken;  // by parameter, gradients so far
     std::vector<std::int64_t> arrival;
     std::vector<c10::intrusive_ptr<c10d::Work>> works;  // by bucket
     std::vector<Bystander> bystanders;

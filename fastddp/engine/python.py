@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -77,7 +78,8 @@ class _Round:
     missing: list[int]
     """By bucket, gradients still to come."""
     next_bucket: int = 0
-    taken: set[int] = field(default_factory=set)
+    taken: Counter[int] = field(default_factory=Counter)
+    """By parameter, gradients so far."""
     arrival: list[int] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
     bystanders: list[_Bystander] = field(default_factory=list)
@@ -124,9 +126,8 @@ class PythonReducer:
         self._plan = plan_buckets(self._specs, order, self._caps_bytes)
 
         self._places: dict[int, _Place] = {}
-        self._accumulated: set[int] = (
-            set()
-        )  # hold gradients of backwards that were not synchronised
+        self._accumulated: set[int] = set()  # hold gradients of unsynchronised backwards
+        self._expected = [1] * len(self._params)  # gradients per round: the most there have been
         self._agreement: tuple[torch.Tensor, Work] | None = None
         self._order_is_learned = False
         self._stats = RoundStats()
@@ -247,21 +248,27 @@ class PythonReducer:
                 f"fastddp: parameter '{self._names[index]}' has a sparse gradient, which is not"
                 " supported yet; use sparse=False"
             )
-        if index not in current.taken:
+        taken = current.taken[index]
+        if taken == 0:
             _write(place.slot, grad, self._scale)
-            current.taken.add(index)
             current.arrival.append(index)
-            current.missing[place.bucket] -= 1
         elif current.next_bucket <= place.bucket:
             _real(place.slot).add_(_real(_resolved(grad)).mul(self._scale))
         else:
             raise RuntimeError(
-                f"fastddp: rank {self._rank}: parameter '{self._names[index]}' got a second"
-                " gradient in one backward after the first was already sent. This happens with"
-                " re-entrant activation checkpointing of shared parameters; use"
-                " checkpoint(..., use_reentrant=False)"
+                f"fastddp: rank {self._rank}: parameter '{self._names[index]}' got gradient number"
+                f" {taken + 1} of one backward after {taken} had been sent, as many as it ever got"
+                " before. This happens when re-entrant activation checkpoints begin to share a"
+                " parameter in the midst of training; use checkpoint(..., use_reentrant=False)"
             )
+        current.taken[index] += 1
+        if current.taken[index] == self._expected[index]:
+            current.missing[place.bucket] -= 1
         param.grad = None
+        # The first round launches nothing before its end: how many gradients a parameter gets in
+        # one backward (re-entrant checkpoints that share it bring several) is only known then.
+        if not self._order_is_learned:
+            return
         while (
             current.next_bucket < len(current.missing) and current.missing[current.next_bucket] == 0
         ):
@@ -283,9 +290,7 @@ class PythonReducer:
         old = grad
         if grad is None:
             slot.zero_()
-        elif (
-            index in self._accumulated
-        ):  # gradients of unsynchronised backwards count as this one's
+        elif index in self._accumulated:  # what unsynchronised backwards left is this one's too
             _write(slot, grad, self._scale)
             return
         else:
@@ -323,6 +328,7 @@ class PythonReducer:
     def _hand_out(self, current: _Round) -> None:
         self._accumulated.clear()
         for index, param in enumerate(self._params):
+            self._expected[index] = max(self._expected[index], current.taken[index])
             param.grad = self._places[index].slot
         for bystander in current.bystanders:
             # Reading a flag from a device waits for it, which only a rank without a gradient does.

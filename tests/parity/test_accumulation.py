@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -595,25 +596,35 @@ class PartlyCheckpointed(nn.Module):
 
 @scenario
 def two_gradients_of_a_parameter_in_one_backward(rank: int, world_size: int, engine: str) -> None:
-    """They add up while their bucket waits; once it is gone the error says what to do."""
+    """They add up, also where each parameter has a bucket of its own that could go after one."""
     case = CASES["used_twice"]
-    ours = fastddp.DistributedDataParallel(PartlyCheckpointed(), engine=engine)
     plain = fastddp.DistributedDataParallel(case.build(), engine=engine)
-    for step in range(3):
-        (x,) = case.inputs(rank, step)
-        x.requires_grad_()
-        for model in (ours, plain):
-            model.zero_grad()
-            loss_of(model(x)).backward()
-        for name, want in gradients(plain.module).items():
-            # Scaled before they are added instead of after: a rounding more per term.
-            got = ours.module.inner.get_parameter(name).grad
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    for cap_mb in (None, 1e-6):
+        ours = fastddp.DistributedDataParallel(
+            PartlyCheckpointed(), engine=engine, bucket_cap_mb=cap_mb
+        )
+        for step in range(4):
+            (x,) = case.inputs(rank, step)
+            x.requires_grad_()
+            for model in (ours, plain):
+                model.zero_grad()
+                loss_of(model(x)).backward()
+            for name, want in gradients(plain.module).items():
+                # Scaled before they are added instead of after: a rounding more per term.
+                got = ours.module.inner.get_parameter(name).grad
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
+
+@scenario
+def a_second_gradient_that_there_never_was_before(rank: int, world_size: int, engine: str) -> None:
+    """If the first is still here they add up; once it is gone the error says what to do."""
     ours = fastddp.DistributedDataParallel(PartlyCheckpointed(), engine=engine, bucket_cap_mb=1e-6)
-    (x,) = case.inputs(rank, 0)
+    (x,) = CASES["used_twice"].inputs(rank, 0)
+    with mock.patch(f"{__name__}.checkpoint", lambda segment, x, **_: segment(x)):
+        for _ in range(2):
+            loss_of(ours(x)).backward()
     with pytest.raises(
-        RuntimeError, match=r"inner\.shared\.\w+' got a second.*use_reentrant=False"
+        RuntimeError, match=r"inner\.shared\.\w+' got gradient number 2 .*use_reentrant=False"
     ):
         loss_of(ours(x.requires_grad_())).backward()
 
