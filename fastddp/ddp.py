@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -261,28 +261,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         self.__dict__["_replica"] = replica
         replica.attach()
 
-    # ---- what torch's class has and this one does differently, or not yet ------------------------
-
-    def join(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("join()")
-
-    def join_hook(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("join_hook()")
-
-    def register_comm_hook(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("register_comm_hook()")
-
-    def _register_builtin_comm_hook(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("_register_builtin_comm_hook()")
-
-    def _register_fused_optim(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("_register_fused_optim()")
-
-    def _register_buffer_comm_hook(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("_register_buffer_comm_hook()")
-
-    def _update_process_group(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("_update_process_group()")
+    # ---- what torch's class has and there is nothing to do for -----------------------------------
 
     def _set_static_graph(self) -> None:
         """Nothing to set: see :mod:`fastddp.options`."""
@@ -305,3 +284,19 @@ def _refuse(what: str) -> NoReturn:
         f"fastddp does not support {what} of torch's DistributedDataParallel yet; see"
         " docs/compatibility.md for what it does"
     )
+
+
+def _refused(name: str) -> Callable[..., NoReturn]:
+    def method(self: DistributedDataParallel, *_: Any, **__: Any) -> NoReturn:  # noqa: ARG001
+        _refuse(f"{name}()")
+
+    method.__name__ = name
+    return method
+
+
+# Inherited, these would run torch's code on attributes that are not there.
+for _name in (
+    *("join", "join_hook", "register_comm_hook", "_register_builtin_comm_hook"),
+    *("_register_fused_optim", "_register_buffer_comm_hook", "_update_process_group"),
+):
+    setattr(DistributedDataParallel, _name, _refused(_name))

@@ -3,27 +3,13 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "kernels/flatten.h"
+#include "torch/dtype.h"
 #include "torch/reducer.h"
 
 namespace py = pybind11;
 
 namespace fastddp {
 namespace {
-
-DType dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "expected a floating point tensor, got ", tensor.scalar_type());
-  }
-}
 
 using Kernel = void (*)(DType, void*, const void*, std::size_t, double);
 
@@ -33,8 +19,11 @@ auto on_tensors(Kernel kernel) {
     TORCH_CHECK_VALUE(dst.is_cpu() && src.is_cpu() && dst.is_contiguous() && src.is_contiguous() &&
                           dst.sizes() == src.sizes() && dst.scalar_type() == src.scalar_type(),
                       "expected two contiguous CPU tensors of one shape and dtype");
-    kernel(dtype_of(dst), dst.data_ptr(), src.const_data_ptr(),
-           static_cast<std::size_t>(dst.numel()), scale);
+    const auto dtype = dtype_of(dst.scalar_type());
+    TORCH_CHECK_TYPE(dtype && !dst.is_complex(), "expected floating point tensors, got ",
+                     dst.scalar_type());
+    kernel(*dtype, dst.data_ptr(), src.const_data_ptr(), static_cast<std::size_t>(dst.numel()),
+           scale);
   };
 }
 

@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "kernels/flatten.h"
+#include "torch/dtype.h"
 
 namespace fastddp {
 namespace {
@@ -21,22 +22,6 @@ namespace {
 // Above this many elements torch's own kernel is used where it may run on several threads; the bits
 // are the same.
 constexpr std::int64_t kParallelNumel = 1 << 15;
-
-DType dtype_of(at::ScalarType dtype, const std::string& name) {
-  switch (c10::toRealValueType(dtype)) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "fastddp: parameter '", name, "' has dtype ", dtype,
-                       "; gradients can be float32, float64, float16, bfloat16 or complex");
-  }
-}
 
 at::Tensor as_real(const at::Tensor& tensor) {
   return tensor.is_complex() ? at::view_as_real(tensor) : tensor;
@@ -134,7 +119,11 @@ Reducer::Reducer(std::vector<at::Tensor> params,
   TORCH_CHECK_VALUE(params.size() == names.size(), "fastddp: ", params.size(), " parameters but ",
                     names.size(), " names");
   for (std::size_t i = 0; i < params.size(); ++i) {
-    const DType dtype = dtype_of(params[i].scalar_type(), names[i]);
+    const auto known = dtype_of(params[i].scalar_type());
+    TORCH_CHECK_TYPE(known, "fastddp: parameter '", names[i], "' has dtype ",
+                     params[i].scalar_type(),
+                     "; gradients can be float32, float64, float16, bfloat16 or complex");
+    const DType dtype = *known;
     specs_.push_back({static_cast<std::int64_t>(real_numel(params[i])),
                       static_cast<std::int64_t>(size_of(dtype)), static_cast<std::int64_t>(dtype)});
     params_.push_back(
