@@ -62,14 +62,21 @@ def _environment() -> dict[str, str]:
 
 def _run(arguments: list[str], tmp_path: Path) -> dict[int, Any]:
     """Run Python; a script that does not end is killed by the timeout, which fails the test."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=tmp_path,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
+    for attempt in range(3):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
+        # Known, and not understood yet: on a loaded machine a rank sometimes aborts while the
+        # interpreter ends, after the script has done its work (torch's own class does so too).
+        # Only this very ending is tried again; any other failure, or a third one, fails the test.
+        aborted_at_exit = "terminate called without an active exception" in done.stderr
+        if done.returncode == 0 or not aborted_at_exit or attempt == 2:
+            break
     assert done.returncode == 0, done.stdout + done.stderr
     results = {}
     for path in tmp_path.glob("rank-*"):
