@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -198,6 +200,35 @@ def _take_down(rank: int, world_size: int, make_name: str, how: str, engine: str
 )
 def test_group_and_wrapper_go_in_either_order(how: str, make_name: str, engine: str) -> None:
     run_ranks(_take_down, 2, make_name, how, engine, init_group=False, timeout=30)
+
+
+class _Context:
+    """Stands in for what a backward keeps in thread-local state, and tells who frees it."""
+
+    freed_by: ClassVar[list[int]] = []
+
+    def __del__(self) -> None:
+        self.freed_by.append(threading.get_native_id())
+
+
+def _who_frees(rank: int, world_size: int, engine: str) -> None:
+    torch.autograd.graph.contextvars = types.SimpleNamespace(copy_context=_Context)  # type: ignore
+    ours = fastddp.wrap(Ladder(), engine=engine)
+    for _ in range(300):
+        ours.zero_grad()
+        ours(1.0).backward()
+    assert len(_Context.freed_by) >= 299
+    assert set(_Context.freed_by) == {threading.get_native_id()}
+
+
+@pytest.mark.xfail(strict=False, reason="a collective takes the backward's context with it")
+def test_no_python_object_is_left_to_a_thread_of_the_transport(engine: str) -> None:
+    """Such a thread needs the GIL to free it: it aborts when the interpreter ends just then.
+
+    torch's backward keeps a Python object in thread-local state, and a collective that is launched
+    inside the backward copies that state. (torch's own class fails this test.)
+    """
+    run_ranks(_who_frees, 2, engine)
 
 
 def _after_destroy(rank: int, world_size: int, engine: str) -> None:
