@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/ScalarOps.h>
+#include <ATen/ThreadLocalPythonObjects.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
@@ -66,6 +67,22 @@ void add(DType dtype, const at::Tensor& slot, const at::Tensor& lazy_grad, doubl
     as_real(slot).add_(as_real(grad).mul(scale));
   }
 }
+
+// Hides Python objects from what a collective copies of the thread's state.
+//
+// During a backward, torch keeps Python's context variables in thread-local state, and a collective
+// copies that into its work. The transport's thread often frees the last copy, for which it needs
+// the GIL; if the interpreter is ending just then, the process aborts. (test_launch.py)
+class WithoutPythonObjects {
+ public:
+  WithoutPythonObjects() { at::impl::ThreadLocalPythonObjects::set_state({}); }
+  ~WithoutPythonObjects() { at::impl::ThreadLocalPythonObjects::set_state(std::move(saved_)); }
+  WithoutPythonObjects(const WithoutPythonObjects&) = delete;
+  WithoutPythonObjects& operator=(const WithoutPythonObjects&) = delete;
+
+ private:
+  at::impl::ThreadLocalPythonObjects saved_ = at::impl::ThreadLocalPythonObjects::get_state();
+};
 
 double us_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start)
@@ -309,6 +326,7 @@ void Reducer::launch(std::size_t index) {
     if (round_->taken[param] == 0) add_bystander(param, bucket.flags[static_cast<std::int64_t>(i)]);
   }
   std::vector<at::Tensor> tensors{bucket.flat};
+  const WithoutPythonObjects guard;
   round_->works.push_back(group()->allreduce(tensors));
 }
 
@@ -350,6 +368,7 @@ void Reducer::agree_on_order() {
   }
   Agreement agreement;
   agreement.order = {at::tensor(order, at::kLong).to(params_.front().variable.device())};
+  const WithoutPythonObjects guard;
   agreement.work = group()->broadcast(agreement.order);
   agreement_ = std::move(agreement);
   order_is_learned_ = true;

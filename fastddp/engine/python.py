@@ -25,7 +25,7 @@ import contextlib
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -282,7 +282,8 @@ class PythonReducer:
             if slot.param not in current.taken:
                 self._add_bystander(current, slot.param, memory.flags[nth])
         current.next_bucket += 1
-        current.works.append(self._group().allreduce([memory.flat]))
+        with _without_context():
+            current.works.append(self._group().allreduce([memory.flat]))
 
     def _add_bystander(self, current: _Round, index: int, flag: torch.Tensor) -> None:
         param, slot = self._params[index], self._places[index].slot
@@ -313,7 +314,8 @@ class PythonReducer:
         slots = (slot.param for bucket in self._plan.buckets for slot in bucket.slots)
         rest = [index for index in slots if index not in current.taken]
         order = torch.tensor(current.arrival + rest, device=self._params[0].device)
-        self._agreement = order, self._group().broadcast([order])
+        with _without_context():
+            self._agreement = order, self._group().broadcast([order])
         self._order_is_learned = True
 
     def _wait_for(self, current: _Round, bucket: int) -> None:
@@ -361,6 +363,25 @@ class PythonReducer:
         if len(slots) > 1:
             names += f" to '{self._names[slots[-1].param]}'"
         return f"bucket {bucket + 1} of {len(self._plan.buckets)} ({names})"
+
+
+@contextlib.contextmanager
+def _without_context() -> Iterator[None]:
+    """Hides Python's context variables from what a collective copies of the thread's state.
+
+    During a backward, torch keeps them in thread-local state, and a collective copies that into its
+    work. The transport's thread often frees the last copy, for which it needs the GIL; if the
+    interpreter is ending just then, the process aborts.
+    """
+    if not torch._C._is_key_in_tls("context"):
+        yield
+        return
+    context = torch._C._get_obj_in_tls("context")
+    torch._C._remove_obj_from_tls("context")
+    try:
+        yield
+    finally:
+        torch._C._stash_obj_in_tls("context", context)
 
 
 def _backward_hook(reducer: weakref.ref[PythonReducer]) -> Callable[[torch.Tensor], None]:
