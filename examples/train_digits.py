@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     run(parser.parse_args().epochs)
     if dist.is_initialized():
-        dist.barrier()  # a gloo thread that still holds the last tensor aborts an ending interpreter
+        dist.barrier()  # a gloo thread still holding the last tensor aborts an ending interpreter
         dist.destroy_process_group()
 
 

@@ -297,7 +297,7 @@ def main() -> None:
     run(parse_arguments())
     # Not inside run(): a torch DDP that outlives its process group can hang when it is freed.
     if dist.is_initialized():
-        dist.barrier()  # a gloo thread that still holds the last tensor aborts an ending interpreter
+        dist.barrier()  # a gloo thread still holding the last tensor aborts an ending interpreter
         dist.destroy_process_group()
 
 
