@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -37,8 +37,8 @@ def gather_if_different(group: ProcessGroup, mine: T) -> list[T] | None:
     return [pickle.loads(text) for text in _all_gather_bytes(group, data.ljust(longest, b"\0"))]
 
 
-def broadcast_tensors(group: ProcessGroup, tensors: Sequence[torch.Tensor]) -> None:
-    """Gives every rank the values that rank 0 of the group has.
+def broadcast_tensors(group: ProcessGroup, tensors: Sequence[torch.Tensor], root: int = 0) -> None:
+    """Gives every rank the values that rank ``root`` of the group has.
 
     Args:
         group: where.
@@ -46,7 +46,7 @@ def broadcast_tensors(group: ProcessGroup, tensors: Sequence[torch.Tensor]) -> N
             rank. Written in place, without marking them as modified for autograd.
     """
     for chunk in _chunks(tensors):
-        BroadcastBuffer(chunk).broadcast(group)
+        BroadcastBuffer(chunk).broadcast(group, root)
 
 
 class Loan:
@@ -63,12 +63,16 @@ class Loan:
         self._tensor = tensor
         self._references = tensor._use_count()  # type: ignore[attr-defined]
 
-    def settle(self, timeout_s: float = 1.0) -> None:
-        """Waits until the transport has let go, or gives up after ``timeout_s``."""
-        deadline = time.monotonic() + timeout_s
-        while self._tensor._use_count() > self._references:  # type: ignore[attr-defined]
-            if time.monotonic() > deadline:
-                return
+    def is_settled(self) -> bool:
+        """Returns whether the transport has let go."""
+        return self._tensor._use_count() <= self._references  # type: ignore[attr-defined,no-any-return]
+
+
+def settle(loans: Iterable[Loan], timeout_s: float = 1.0) -> None:
+    """Waits until the transport has let go of all, or gives up after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    for loan in loans:
+        while not loan.is_settled() and time.monotonic() < deadline:
             time.sleep(0)
 
 
@@ -94,8 +98,7 @@ class BroadcastBuffer:
         self._loans = [Loan(tensor) for tensor in lent]
 
     def __del__(self) -> None:
-        for loan in self._loans:
-            loan.settle()
+        settle(self._loans)
 
     def serves(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Returns whether these are the tensors, in the memory, that this was made for."""
@@ -104,17 +107,17 @@ class BroadcastBuffer:
             for tensor, mine, pointer in zip(tensors, self._tensors, self._pointers, strict=True)
         )
 
-    def broadcast(self, group: ProcessGroup) -> None:
-        """Sends rank 0's values to all. One collective; waits for it."""
+    def broadcast(self, group: ProcessGroup, root: int = 0) -> None:
+        """Sends the values of rank ``root`` to all. One collective; waits for it."""
         if not self._parts:
             return
         if self._flat is None:
-            group.broadcast(self._parts[0], root=0).wait()
+            group.broadcast(self._parts[0], root=root).wait()
             return
-        if group.rank() == 0:
+        if group.rank() == root:
             torch.cat(self._parts, out=self._flat)
-        group.broadcast(self._flat, root=0).wait()
-        if group.rank() != 0:
+        group.broadcast(self._flat, root=root).wait()
+        if group.rank() != root:
             torch._foreach_copy_(self._parts, self._views)
 
 
@@ -130,8 +133,7 @@ def _all_gather_bytes(group: ProcessGroup, data: bytes) -> list[bytes]:
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
     loans = [Loan(tensor) for tensor in (mine, *gathered)]
     group.allgather([gathered], [mine]).wait()
-    for loan in loans:
-        loan.settle()
+    settle(loans)
     return [bytes(tensor.cpu().numpy()) for tensor in gathered]
 
 

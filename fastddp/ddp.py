@@ -11,11 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.algorithms.join import Joinable
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.distributed.utils import _to_kwargs
+from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from fastddp import engine as engines
+from fastddp import hooks, join, torch_face
 from fastddp.agreement import report_failure
+from fastddp.buffers import BufferHook
 from fastddp.options import Options
 from fastddp.plan import BucketPlan
 from fastddp.replica import Replica
@@ -124,7 +127,12 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         Joinable.__init__(self)
         self.module = module
         self._replica = replica
+        self._init_state()
         replica.attach()
+
+    def _init_state(self) -> None:
+        self._divide_by_initial_world_size = True
+        self._comm_hooks: list[tuple[Callable[..., Any], object]] = []
 
     @staticmethod
     def _find_group(group: ProcessGroup | None, device_mesh: Any = None) -> ProcessGroup | None:
@@ -153,7 +161,10 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the module, on buffers that are rank 0's where it has any."""
         replica = self._replica
-        replica.before_forward()
+        if self._join_config.enable:
+            join.before_forward(self, replica, self._divide_by_initial_world_size)
+        else:
+            replica.before_forward()
         if replica.options.device_ids:
             moved, moved_kwargs = _to_kwargs(inputs, kwargs, replica.options.device_ids[0], True)
             inputs, kwargs = moved[0], moved_kwargs[0]
@@ -221,9 +232,77 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
             return super().__getattr__(name)
         except AttributeError:
             replica = self.__dict__.get("_replica")
-            if replica is not None and name in replica.torch_attributes:
-                return replica.torch_attributes[name]
+            if replica is not None and name in torch_face.attributes(replica):
+                return torch_face.attributes(replica)[name]
             raise
+
+    # ---- customs ---------------------------------------------------------------------------------
+
+    def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
+        """Has a hook communicate the gradients, in place of the all-reduce.
+
+        The hook is called as ``hook(state, bucket)`` with each bucket, on every rank in the same
+        order, and returns a ``torch.futures.Future`` of the reduced gradients. A bucket has the
+        methods of ``torch.distributed.GradBucket``. Its gradients come undivided: averaging is the
+        hook's business. All of torch's hooks will do.
+
+        Args:
+            state: passed on to the hook.
+            hook: may communicate in any number of steps.
+
+        Raises:
+            TypeError: if the hook cannot be called.
+            ValueError: if the hook's annotations are of other types.
+            RuntimeError: if there is a hook already.
+        """
+        hooks.check(hook)
+        self._set_hook(lambda bucket: hook(state, bucket))
+        self._comm_hooks = [*self._comm_hooks, (hook, state)]
+
+    def _register_builtin_comm_hook(self, comm_hook_type: Any) -> None:
+        """Has gradients averaged, or compressed to 16 bits and averaged, as torch's enum says."""
+        self._set_hook(hooks.builtin(comm_hook_type, lambda: self._replica.live_group))
+
+    def _set_hook(self, hook: hooks.CommHook) -> None:
+        if self._replica.hook is not None:
+            raise RuntimeError(
+                "register_comm_hook or register_builtin_comm_hook can only be called once."
+            )
+        self._replica.set_hook(hook)
+
+    def _register_buffer_comm_hook(
+        self,
+        state: Any,
+        hook: Callable[..., Any],
+        comm_hook_location: Any = _BufferCommHookLocation.POST_FORWARD,
+    ) -> None:
+        """Has a hook synchronise the buffers, in place of rank 0's broadcast before forward.
+
+        Args:
+            state: passed on to the hook.
+            hook: called as ``hook(state, buffers)`` with the buffers by name; may return a list of
+                futures, which are waited for at the end of backward.
+            comm_hook_location: before or after forward, in torch's enum.
+        """
+        if not callable(hook):
+            raise TypeError(f"fastddp: a buffer hook must be callable, got {type(hook).__name__}")
+        before = comm_hook_location == _BufferCommHookLocation.PRE_FORWARD
+        self._replica.buffer_hook = BufferHook(hook, state, before)
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """Returns what stands in for this rank once it has run out of inputs.
+
+        Args:
+            **kwargs: ``divide_by_initial_world_size``, True by default: divide gradients by the
+                number of all ranks, not of those that still have inputs.
+        """
+        self._divide_by_initial_world_size = kwargs.get("divide_by_initial_world_size", True)
+        return join.ReplicaJoinHook(self._replica)
+
+    def _update_process_group(self, new_process_group: ProcessGroup) -> None:
+        """Averages over the ranks of another group from now on; does nothing on other ranks."""
+        if isinstance(new_process_group, ProcessGroup):
+            self._replica.move_to(new_process_group)
 
     # ---- copies ----------------------------------------------------------------------------------
 
@@ -273,7 +352,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         """Nothing to check: a backward that raised leaves no round open."""
 
     def _get_ddp_logging_data(self) -> dict[str, Any]:
-        return self._replica.logging_data()
+        return torch_face.logging_data(self._replica)
 
     def _remove_autograd_hooks(self) -> None:
         self._replica.detach()
@@ -295,8 +374,5 @@ def _refused(name: str) -> Callable[..., NoReturn]:
 
 
 # Inherited, these would run torch's code on attributes that are not there.
-for _name in (
-    *("join", "join_hook", "register_comm_hook", "_register_builtin_comm_hook"),
-    *("_register_fused_optim", "_register_buffer_comm_hook", "_update_process_group"),
-):
+for _name in ("_set_sparse_metadata",):
     setattr(DistributedDataParallel, _name, _refused(_name))

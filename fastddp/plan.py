@@ -15,6 +15,9 @@ import torch
 SLOT_ALIGN_BYTES = 16
 """Slots begin at multiples of this, so that a wide load never straddles two gradients."""
 
+PACKED_ALIGN_BYTES = 1
+"""For a communication hook, which is promised a buffer with nothing but gradients in it."""
+
 MiB = 1024 * 1024
 
 
@@ -70,7 +73,10 @@ class BucketPlan:
 
 
 def plan_buckets(
-    params: Sequence[ParamSpec], order: Sequence[int], caps_bytes: Sequence[int]
+    params: Sequence[ParamSpec],
+    order: Sequence[int],
+    caps_bytes: Sequence[int],
+    align_bytes: int = SLOT_ALIGN_BYTES,
 ) -> BucketPlan:
     """Returns the buckets in the order in which they fill when gradients arrive in ``order``.
 
@@ -79,6 +85,7 @@ def plan_buckets(
         order: a permutation of their indices.
         caps_bytes: the k-th bucket of a dtype is closed once it holds ``caps_bytes[k]`` bytes; the
             last entry serves all further ones.
+        align_bytes: slots begin at multiples of this, or of an element.
 
     Raises:
         ValueError: if ``caps_bytes`` is empty or ``order`` is not a permutation.
@@ -93,7 +100,7 @@ def plan_buckets(
     num_closed: dict[torch.dtype, int] = {}
     for arrival, index in enumerate(order):
         dtype = params[index].dtype
-        bucket = filling.setdefault(dtype, _Filling(dtype))
+        bucket = filling.setdefault(dtype, _Filling(dtype, align_bytes))
         bucket.add(index, params[index].numel, arrival)
         nth = num_closed.get(dtype, 0)
         if bucket.numel * dtype.itemsize >= caps_bytes[min(nth, len(caps_bytes) - 1)]:
@@ -109,6 +116,7 @@ class _Filling:
     """A bucket that still takes slots."""
 
     dtype: torch.dtype
+    align_bytes: int
     slots: list[Slot] = field(default_factory=list)
     numel: int = 0
     last_arrival: int = 0
@@ -123,5 +131,5 @@ class _Filling:
         return Bucket(self.dtype, tuple(self.slots), self.numel, numel)
 
     def _align(self, numel: int) -> int:
-        step = max(1, SLOT_ALIGN_BYTES // self.dtype.itemsize)
+        step = max(1, self.align_bytes // self.dtype.itemsize)
         return -(-numel // step) * step

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,23 +13,17 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from fastddp import engine as engines
+from fastddp import optim_in_backward
 from fastddp.agreement import agree_on_module, check_module, ignored_names
-from fastddp.collectives import BroadcastBuffer, broadcast_tensors
+from fastddp.buffers import BufferHook, Buffers
+from fastddp.collectives import broadcast_tensors
 from fastddp.engine.python import RoundStats
+from fastddp.hooks import CommHook, HookRunner
 from fastddp.options import Options
 from fastddp.outputs import tensors_in
 from fastddp.plan import BucketPlan
 
-
-class _TorchReducer:
-    """What frameworks call on torch's reducer by its private names; there is nothing to do."""
-
-    def prepare_for_forward(self) -> None: ...
-
-    def prepare_for_backward(self, outputs: list[torch.Tensor]) -> None: ...
-
-    def _rebuild_buckets(self) -> bool:
-        return False
+_log = logging.getLogger("fastddp")
 
 
 class Replica:
@@ -40,15 +37,25 @@ class Replica:
 
     def __init__(self, module: nn.Module, group: ProcessGroup | None, options: Options) -> None:
         self.options = options
-        self._module = module
+        self.module = module
+        self.buffers = Buffers(module)
+        self.sync_buffers_next = True
+        self._set_group(group)
+        self._sync = True
+        self._divisor: float | None = None
+        self.hook: CommHook | None = None
+        self._reducer: engines.Reducer | None = None
+        self._hooked: dict[nn.Parameter, tuple[torch.dtype, torch.device]] = {}
+        self._stepping: list[nn.Parameter] = []  # have optimizers that step in backward
+        self._unused_logged = False
+        self._began = False
+        self.buffer_hook: BufferHook | None = None
+        self._buffer_futures: list[torch.futures.Future[Any]] = []
+
+    def _set_group(self, group: ProcessGroup | None) -> None:
         # Weak: whoever frees a process group last joins its threads, and must not hold the GIL.
         self._group = weakref.ref(group) if group is not None else None
         self._alone = group is None or group.size() == 1
-        self._sync = True
-        self._sync_buffers_next = True
-        self._reducer: engines.Reducer | None = None
-        self._packed_buffers: BroadcastBuffer | None = None
-        self._hooked: list[tuple[nn.Parameter, torch.dtype, torch.device]] = []
 
     # ---- once ------------------------------------------------------------------------------------
 
@@ -64,51 +71,82 @@ class Replica:
         if self._alone or not self.options.init_sync:
             self._check()
             return
-        group = self.group
-        assert group is not None
-        agree_on_module(group, self._module, self.options.caps_bytes, self._check)
-        ignored = ignored_names(self._module)
-        params = [p for name, p in self._module.named_parameters() if name not in ignored]
-        buffers = self._buffers() if self.options.init_sync_buffers else []
-        broadcast_tensors(group, [*params, *buffers])
+        agree_on_module(self.live_group, self.module, self.options.caps_bytes, self._check)
+        self.broadcast_model(with_buffers=self.options.init_sync_buffers)
 
     def _check(self) -> None:
-        check_module(self._module)
+        check_module(self.module)
         engines.choose(self.options.engine)
+
+    def broadcast_model(self, root: int = 0, with_buffers: bool = True) -> None:
+        """Gives every rank the parameters, and buffers, of rank ``root`` of the group."""
+        if self._alone:
+            return
+        ignored = self.ignored
+        tensors: list[torch.Tensor] = [
+            param for name, param in self.module.named_parameters() if name not in ignored
+        ]
+        if with_buffers:
+            tensors += self.buffers.named().values()
+        broadcast_tensors(self.live_group, tensors, root)
 
     def attach(self) -> None:
         """Hooks the parameters, from now on averaged."""
-        if self._alone:
+        if self._alone and self.hook is None:
             return
-        engine = engines.choose(self.options.engine)
         group = self.group
-        assert group is not None
-        ignored = ignored_names(self._module)
-        named = {
-            name: param
-            for name, param in self._module.named_parameters()
-            if param.requires_grad and name not in ignored
-        }
-        params = list(named.values())
+        if group is None:
+            return
+        ignored, sparse = self.ignored, _sparse_parameters(self.module)
+        named = {name: p for name, p in self.module.named_parameters() if name not in ignored}
+        # Once hooked, for ever: else two halves of a model that train in turns would have it hooked
+        # anew at each turn.
+        hooked = {name: p for name, p in named.items() if p.requires_grad or p in self._hooked}
+        frozen = [p for name, p in named.items() if name not in hooked]
+        names = sorted(hooked, key=lambda name: hooked[name] in sparse)  # stable: sparse ones last
+        params = [hooked[name] for name in names]
         self._reducer = engines.make_reducer(
-            engine, params, list(named), group, self.options.caps_bytes
+            engines.choose(self.options.engine),
+            params,
+            names,
+            sum(p in sparse for p in params),
+            frozen,
+            group,
+            self.options.caps_bytes,
         )
+        self._hooked = {param: (param.dtype, param.device) for param in params}
         self._reducer.sync = self._sync
-        self._hooked = [(param, param.dtype, param.device) for param in params]
+        if self._divisor is not None:
+            self._reducer.set_divisor(self._divisor)
+        if self.hook is not None:
+            self._reducer.set_hook(self._hook_runner())
+        self._stepping = optim_in_backward.take_over(params)
+        self._watch_rounds()
 
     def refresh(self) -> None:
         """Hooks the parameters anew if a conversion gave them another dtype or device.
 
         Autograd gives a converted parameter a new gradient node, which no hook is on.
         """
-        if any((p.dtype, p.device) != (dtype, device) for p, dtype, device in self._hooked):
-            self.detach()
-            self.attach()
+        if any((p.dtype, p.device) != before for p, before in self._hooked.items()):
+            self.reattach()
+
+    def reattach(self) -> None:
+        """Hooks the parameters anew; on every rank before the same backward."""
+        self.detach()
+        self.attach()
 
     def detach(self) -> None:
         """Unhooks the parameters, for good."""
         if self._reducer is not None:
             self._reducer.close()
+
+    def move_to(self, group: ProcessGroup) -> None:
+        """Averages over the ranks of another group from now on."""
+        self._set_group(group)
+        self.detach()
+        self._reducer = None
+        self.attach()
 
     # ---- every step ------------------------------------------------------------------------------
 
@@ -125,31 +163,128 @@ class Replica:
 
     def before_forward(self) -> None:
         """Gives every rank rank 0's buffers, unless the forward before was not synchronised."""
-        if self._alone or not (self.options.forward_sync_buffers and self._sync_buffers_next):
+        if not self._began:
+            self._begin()
+        hook = self.buffer_hook
+        if hook is not None and not hook.before_forward:
             return
-        buffers = self._buffers()
-        if not buffers:
+        buffers = self.buffers_due()
+        if hook is not None and buffers:
+            self._run_buffer_hook(hook, buffers)
+        elif buffers:
+            self.broadcast_buffers(buffers)
+
+    def _begin(self) -> None:
+        """Takes over optimizers that parameters got after they were wrapped."""
+        self._began = True
+        if self._reducer is not None:
+            self._stepping = optim_in_backward.take_over(self._hooked)
+            self._watch_rounds()
+
+    def after_forward(self, output: object) -> None:
+        """Takes note of where backward will come from, and whether it may be synchronised."""
+        hook = self.buffer_hook
+        if hook is not None and not hook.before_forward:
+            buffers = self.buffers_due()
+            if buffers:
+                self._run_buffer_hook(hook, buffers)
+        self.sync_buffers_next = torch.is_grad_enabled() and self._sync
+        if self._reducer is None or not torch.is_grad_enabled():
             return
+        if self._reducer.outgrown():
+            self.reattach()
+        self._reducer.watch(list(tensors_in(output)))
+
+    def _end_round(self) -> None:
+        """Does what has to follow the averaging."""
+        assert self._reducer is not None
+        if not self._unused_logged:
+            self._unused_logged = True
+            _log_unused(self._reducer.unused(), self.live_group.rank())
+        futures, self._buffer_futures = self._buffer_futures, []
+        for future in futures:
+            future.wait()
+        optim_in_backward.step(self._stepping)
+        if not self._stepping:
+            self._reducer.set_after_round(None)
+
+    def _watch_rounds(self) -> None:
+        """Has the end of the next round seen here; without need it costs nothing."""
+        this = weakref.ref(self)
+
+        def end_round() -> None:
+            alive = this()
+            if alive is not None:
+                alive._end_round()
+
+        if self._reducer is not None:
+            self._reducer.set_after_round(end_round)
+
+    # ---- buffers ---------------------------------------------------------------------------------
+
+    def buffers_due(self) -> Mapping[str, torch.Tensor]:
+        """Returns the buffers that are to be made equal now; none if it is not the time."""
+        if self._alone or not (self.options.forward_sync_buffers and self.sync_buffers_next):
+            return {}
+        return self.buffers.named()
+
+    def broadcast_buffers(self, buffers: Mapping[str, torch.Tensor], root: int = 0) -> None:
+        """Gives every rank the buffers of rank ``root`` of the group."""
         group = self.group
         if group is None:
             raise RuntimeError(
                 "fastddp: the process group of this model was destroyed before its forward; call"
                 " destroy_process_group() after the last one, or run model.module instead"
             )
-        if self._packed_buffers is None or not self._packed_buffers.serves(buffers):
-            self._packed_buffers = BroadcastBuffer(buffers)
-        self._packed_buffers.broadcast(group)
+        self.buffers.broadcast(buffers, group, root)
 
-    def after_forward(self, output: object) -> None:
-        """Takes note of where backward will come from, and whether it may be synchronised."""
-        self._sync_buffers_next = torch.is_grad_enabled() and self._sync
-        if self._reducer is not None and torch.is_grad_enabled():
-            self._reducer.watch(list(tensors_in(output)))
+    def _run_buffer_hook(self, hook: BufferHook, buffers: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            futures = hook.hook(hook.state, buffers)
+        if futures is not None:
+            self._buffer_futures += [futures] if hasattr(futures, "wait") else futures
+            self._watch_rounds()
 
-    def _buffers(self) -> list[torch.Tensor]:
-        # Looked up anew each time: modules replace their buffers by assignment.
-        ignored = ignored_names(self._module)
-        return [b for name, b in self._module.named_buffers() if name not in ignored]
+    # ---- seldom ----------------------------------------------------------------------------------
+
+    def set_hook(self, hook: CommHook) -> None:
+        """Hands gradients to a communication hook in place of the all-reduce.
+
+        Raises:
+            RuntimeError: if there is no process group that it could communicate in.
+        """
+        if self.group is None:
+            raise RuntimeError(
+                "fastddp: a communication hook needs a process group, but this process is alone;"
+                " start it with torchrun, or call init_process_group() before wrapping the model"
+            )
+        self.hook = hook
+        if self._reducer is None:
+            self.attach()  # a world of one: its hook may be one that steps an optimizer
+        else:
+            self._reducer.set_hook(self._hook_runner())
+
+    def _hook_runner(self) -> HookRunner:
+        assert self.hook is not None
+        options = getattr(self.live_group._get_backend(self.device), "options", None)
+        timeout: timedelta = getattr(options, "_timeout", timedelta(minutes=30))
+        return HookRunner(self.hook, timeout.total_seconds())
+
+    @property
+    def divisor(self) -> float | None:
+        """What gradients are divided by; None for the number of ranks."""
+        return self._divisor
+
+    @divisor.setter
+    def divisor(self, value: float | None) -> None:
+        self._divisor = value
+        if self._reducer is not None:
+            self._reducer.set_divisor(float(self.live_group.size()) if value is None else value)
+
+    def shadow(self) -> None:
+        """Takes part in a round of the other ranks with nothing to add."""
+        if self._reducer is not None:
+            self._reducer.shadow()
 
     # ---- facts -----------------------------------------------------------------------------------
 
@@ -158,43 +293,45 @@ class Replica:
         """The group; None for a world of one, and after the group was destroyed."""
         return self._group() if self._group is not None else None
 
+    @property
+    def live_group(self) -> ProcessGroup:
+        """The group, where there must be one."""
+        group = self.group
+        assert group is not None
+        return group
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.module.parameters()).device
+
+    @property
+    def ignored(self) -> frozenset[str]:
+        """The parameters and buffers that the module asks data parallelism to leave alone."""
+        return ignored_names(self.module)
+
     def stats(self) -> engines.Stats:
         return self._reducer.stats() if self._reducer is not None else RoundStats()
 
     def plan(self) -> BucketPlan:
         return self._reducer.plan() if self._reducer is not None else BucketPlan(())
 
-    @property
-    def torch_attributes(self) -> dict[str, Any]:
-        """What torch's class keeps in public attributes, for tools that read them."""
-        device = next(self._module.parameters()).device
-        options = self.options
-        return options.unused | {
-            "device": device,
-            "device_type": device.type,
-            "device_ids": [d.index for d in options.device_ids] or None,
-            "output_device": options.output_device,
-            "is_multi_device_module": False,
-            "forward_sync_buffers": options.forward_sync_buffers,
-            "require_forward_param_sync": self._sync_buffers_next,
-            "parameters_to_ignore": set(ignored_names(self._module)),
-            "modules_buffers": self._buffers(),
-            "bucket_bytes_cap": options.caps_bytes[-1],
-            "mixed_precision": None,
-            "reducer": _TorchReducer(),
-        }
 
-    def logging_data(self) -> dict[str, Any]:
-        """Returns the entries of torch's logging data that have a meaning here."""
-        stats, group = self.stats(), self.group
-        return {
-            "module_name": type(self._module).__name__,
-            "world_size": 1 if group is None else group.size(),
-            "rank": 0 if group is None else group.rank(),
-            "iteration": stats.rounds,
-            "bucket_sizes": ", ".join(
-                str(bucket.numel * bucket.dtype.itemsize) for bucket in self.plan().buckets
-            ),
-            "total_parameter_size_bytes": sum(p.nbytes for p in self._module.parameters()),
-            "can_set_static_graph": True,
-        }
+def _sparse_parameters(module: nn.Module) -> set[torch.Tensor]:
+    """Returns the parameters whose gradients will be sparse."""
+    return {
+        child.weight
+        for child in module.modules()
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.sparse
+    }
+
+
+def _log_unused(names: Iterable[str], rank: int) -> None:
+    listed = list(names)
+    if listed and rank == 0:
+        _log.warning(
+            "no rank has used %d parameters in the first backward; their gradients are left alone:"
+            " %s",
+            len(listed),
+            ", ".join(listed),
+        )

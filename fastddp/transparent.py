@@ -61,6 +61,7 @@ class TransparentDataParallel(DistributedDataParallel):
         for name in _ddp_methods():
             if callable(getattr(module, name, None)):
                 own[name] = getattr(module, name)  # a model's own `gather` is not torch's DDP's
+        self._init_state()
         own["_replica"] = replica
         own["module"] = module  # not by assignment, which would register a submodule
         replica.attach()

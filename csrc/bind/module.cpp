@@ -29,12 +29,52 @@ auto on_tensors(Kernel kernel) {
 
 std::shared_ptr<Reducer> make_reducer(std::vector<at::Tensor> params,
                                       std::vector<std::string> names,
+                                      std::size_t num_sparse,
+                                      std::vector<at::Tensor> frozen,
                                       const c10::intrusive_ptr<c10d::ProcessGroup>& group,
                                       std::vector<std::int64_t> caps_bytes) {
-  auto reducer =
-      std::make_shared<Reducer>(std::move(params), std::move(names), group, std::move(caps_bytes));
+  auto reducer = std::make_shared<Reducer>(std::move(params), std::move(names), num_sparse,
+                                           std::move(frozen), group, std::move(caps_bytes));
   reducer->attach();
   return reducer;
+}
+
+// A Python callable that may be called, copied and freed without the GIL.
+class WithoutGil {
+ public:
+  explicit WithoutGil(py::object callable)
+      : callable_(new py::object(std::move(callable)), [](py::object* object) {
+          const py::gil_scoped_acquire gil;
+          delete object;
+        }) {}
+
+  void call() const {
+    const py::gil_scoped_acquire gil;
+    (*callable_)();
+  }
+
+  Wait start(const HookInput& input) const {
+    const py::gil_scoped_acquire gil;
+    const WithoutGil wait(
+        (*callable_)(input.index, input.count, input.buffer, input.params, input.offsets));
+    return [wait] { wait.call(); };
+  }
+
+ private:
+  std::shared_ptr<py::object> callable_;
+};
+
+void set_hook(Reducer& reducer, py::object hook) {
+  const WithoutGil callable(std::move(hook));
+  const py::gil_scoped_release no_gil;
+  reducer.set_hook([callable](const HookInput& input) { return callable.start(input); });
+}
+
+void set_after_round(Reducer& reducer, std::optional<py::object> callback) {
+  std::function<void()> function;
+  if (callback) function = [callable = WithoutGil(std::move(*callback))] { callable.call(); };
+  const py::gil_scoped_release no_gil;
+  reducer.set_after_round(std::move(function));
 }
 
 }  // namespace
@@ -56,7 +96,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("slots", &BucketPlan::slots)
       .def_readonly("flags_offset", &BucketPlan::flags_offset)
       .def_readonly("numel", &BucketPlan::numel);
-  m.def("plan_buckets", &plan_buckets, py::arg("params"), py::arg("order"), py::arg("caps_bytes"));
+  m.def("plan_buckets", &plan_buckets, py::arg("params"), py::arg("order"), py::arg("caps_bytes"),
+        py::arg("align_bytes") = kSlotAlignBytes);
 
   m.def("scale_copy", on_tensors(&scale_copy), py::arg("dst"), py::arg("src"), py::arg("scale"));
   m.def("scale_add", on_tensors(&scale_add), py::arg("dst"), py::arg("src"), py::arg("scale"));
@@ -70,10 +111,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Reducer, std::shared_ptr<Reducer>>(m, "Reducer")
-      .def(py::init(&make_reducer), py::arg("params"), py::arg("names"), py::arg("group"),
-           py::arg("caps_bytes"))
+      .def(py::init(&make_reducer), py::arg("params"), py::arg("names"), py::arg("num_sparse"),
+           py::arg("frozen"), py::arg("group"), py::arg("caps_bytes"))
       .def_property("sync", &Reducer::sync, &Reducer::set_sync)
       .def("watch", &Reducer::watch, py::arg("outputs"))
+      .def("set_divisor", &Reducer::set_divisor, py::arg("divisor"), without_gil)
+      .def("set_hook", &set_hook, py::arg("hook"))
+      .def("set_after_round", &set_after_round, py::arg("callback"))
+      .def("outgrown", &Reducer::outgrown)
+      .def("shadow", &Reducer::shadow, without_gil)
+      .def("unused", &Reducer::unused, without_gil)
       .def("close", &Reducer::close, without_gil)
       .def("stats", &Reducer::stats, without_gil)
       .def("plan", &Reducer::plan, without_gil);

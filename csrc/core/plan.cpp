@@ -9,8 +9,8 @@
 namespace fastddp {
 namespace {
 
-std::int64_t align_up(std::int64_t numel, std::int64_t element_bytes) {
-  const std::int64_t step = std::max<std::int64_t>(1, kSlotAlignBytes / element_bytes);
+std::int64_t align_up(std::int64_t numel, std::int64_t element_bytes, std::int64_t align_bytes) {
+  const std::int64_t step = std::max<std::int64_t>(1, align_bytes / element_bytes);
   return (numel + step - 1) / step * step;
 }
 
@@ -40,11 +40,11 @@ struct Filling {
   std::size_t last_arrival = 0;
 };
 
-Filling closed(Filling filling) {
+Filling closed(Filling filling, std::int64_t align_bytes) {
   BucketPlan& bucket = filling.bucket;
   bucket.flags_offset = bucket.numel;
   bucket.numel = align_up(bucket.numel + static_cast<std::int64_t>(bucket.slots.size()),
-                          filling.element_bytes);
+                          filling.element_bytes, align_bytes);
   return filling;
 }
 
@@ -52,7 +52,8 @@ Filling closed(Filling filling) {
 
 std::vector<BucketPlan> plan_buckets(const std::vector<ParamSpec>& params,
                                      const std::vector<std::int64_t>& order,
-                                     const std::vector<std::int64_t>& caps_bytes) {
+                                     const std::vector<std::int64_t>& caps_bytes,
+                                     std::int64_t align_bytes) {
   check(params, order, caps_bytes);
   std::map<std::int64_t, Filling> open;            // by kind
   std::map<std::int64_t, std::size_t> num_closed;  // by kind
@@ -65,16 +66,16 @@ std::vector<BucketPlan> plan_buckets(const std::vector<ParamSpec>& params,
     filling.last_arrival = arrival;
     BucketPlan& bucket = filling.bucket;
     bucket.slots.push_back({order[arrival], bucket.numel, param.numel});
-    bucket.numel = align_up(bucket.numel + param.numel, param.element_bytes);
+    bucket.numel = align_up(bucket.numel + param.numel, param.element_bytes, align_bytes);
 
     std::size_t& nth = num_closed[param.kind];
     if (bucket.numel * param.element_bytes >= caps_bytes[std::min(nth, caps_bytes.size() - 1)]) {
-      done.push_back(closed(std::move(filling)));
+      done.push_back(closed(std::move(filling), align_bytes));
       open.erase(param.kind);
       ++nth;
     }
   }
-  for (auto& [kind, filling] : open) done.push_back(closed(std::move(filling)));
+  for (auto& [kind, filling] : open) done.push_back(closed(std::move(filling), align_bytes));
   std::sort(done.begin(), done.end(),
             [](const Filling& a, const Filling& b) { return a.last_arrival < b.last_arrival; });
 

@@ -12,6 +12,8 @@ namespace fastddp {
 
 // Slots begin at multiples of this, so that a wide load never straddles two gradients.
 inline constexpr std::int64_t kSlotAlignBytes = 16;
+// For a communication hook, which is promised a buffer with nothing but gradients in it.
+inline constexpr std::int64_t kPackedAlignBytes = 1;
 
 struct ParamSpec {
   std::int64_t numel;          // real elements: a complex parameter counts two for each
@@ -40,10 +42,11 @@ struct BucketPlan {
 // `order`.
 //
 // `order` is a permutation of the parameters. `caps_bytes` is not empty: the k-th bucket of a kind
-// is closed once it holds caps_bytes[k] bytes, the last entry serving all further ones. Throws
-// std::invalid_argument otherwise.
+// is closed once it holds caps_bytes[k] bytes, the last entry serving all further ones. Slots begin
+// at multiples of `align_bytes`, or of an element. Throws std::invalid_argument otherwise.
 std::vector<BucketPlan> plan_buckets(const std::vector<ParamSpec>& params,
                                      const std::vector<std::int64_t>& order,
-                                     const std::vector<std::int64_t>& caps_bytes);
+                                     const std::vector<std::int64_t>& caps_bytes,
+                                     std::int64_t align_bytes = kSlotAlignBytes);
 
 }  // namespace fastddp

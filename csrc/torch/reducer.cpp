@@ -1,7 +1,6 @@
 #include "torch/reducer.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/ScalarOps.h>
 #include <ATen/ThreadLocalPythonObjects.h>
 #include <c10/core/GradMode.h>
@@ -14,59 +13,11 @@
 #include <exception>
 #include <numeric>
 
-#include "kernels/flatten.h"
 #include "torch/dtype.h"
+#include "torch/slot.h"
 
 namespace fastddp {
 namespace {
-
-// Above this many elements torch's own kernel is used where it may run on several threads; the bits
-// are the same.
-constexpr std::int64_t kParallelNumel = 1 << 15;
-
-at::Tensor as_real(const at::Tensor& tensor) {
-  return tensor.is_complex() ? at::view_as_real(tensor) : tensor;
-}
-
-// The gradient with its values in memory: a lazy conjugation or negation is only a bit on the
-// tensor.
-at::Tensor resolved(const at::Tensor& grad) {
-  return grad.is_conj() || grad.is_neg() ? grad.resolve_conj().resolve_neg() : grad;
-}
-
-// Whether the two hold their elements in the same places, so that one flat loop runs over both.
-bool same_layout(const at::Tensor& a, const at::Tensor& b) {
-  return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() && a.strides() == b.strides();
-}
-
-bool runs_flat(const at::Tensor& slot, const at::Tensor& grad) {
-  return slot.is_cpu() && grad.is_cpu() && same_layout(slot, grad) &&
-         slot.is_non_overlapping_and_dense() &&
-         (grad.numel() < kParallelNumel || at::get_num_threads() == 1);
-}
-
-std::size_t real_numel(const at::Tensor& tensor) {
-  return static_cast<std::size_t>(tensor.numel()) * (tensor.is_complex() ? 2 : 1);
-}
-
-void write(DType dtype, const at::Tensor& slot, const at::Tensor& lazy_grad, double scale) {
-  const at::Tensor grad = resolved(lazy_grad);
-  if (runs_flat(slot, grad)) {
-    scale_copy(dtype, slot.data_ptr(), grad.const_data_ptr(), real_numel(grad), scale);
-  } else {
-    auto out = as_real(slot);
-    at::mul_out(out, as_real(grad), at::native::wrapped_scalar_tensor(scale));
-  }
-}
-
-void add(DType dtype, const at::Tensor& slot, const at::Tensor& lazy_grad, double scale) {
-  const at::Tensor grad = resolved(lazy_grad);
-  if (runs_flat(slot, grad)) {
-    scale_add(dtype, slot.data_ptr(), grad.const_data_ptr(), real_numel(grad), scale);
-  } else {
-    as_real(slot).add_(as_real(grad).mul(scale));
-  }
-}
 
 // Hides Python objects from what a collective copies of the thread's state.
 //
@@ -83,6 +34,20 @@ class WithoutPythonObjects {
  private:
   at::impl::ThreadLocalPythonObjects saved_ = at::impl::ThreadLocalPythonObjects::get_state();
 };
+
+// grad * scale, with one dimension of indices like an embedding's.
+at::Tensor scale_sparse(const at::Tensor& grad, double scale) {
+  return at::mul(grad.is_sparse() ? grad : grad.to_sparse(1),
+                 at::native::wrapped_scalar_tensor(scale));
+}
+
+at::Tensor empty_sparse(const at::Tensor& variable) {
+  const auto options = variable.options().requires_grad(false);
+  auto values_shape = variable.sizes().vec();
+  values_shape.front() = 0;
+  return at::sparse_coo_tensor(at::empty({1, 0}, options.dtype(at::kLong)),
+                               at::empty(values_shape, options), variable.sizes());
+}
 
 double us_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start)
@@ -127,30 +92,38 @@ struct RoundEnd {
 
 Reducer::Reducer(std::vector<at::Tensor> params,
                  std::vector<std::string> names,
+                 std::size_t num_sparse,
+                 std::vector<at::Tensor> frozen,
                  const c10::intrusive_ptr<c10d::ProcessGroup>& group,
                  std::vector<std::int64_t> caps_bytes)
     : group_(group),
       rank_(group->getRank()),
-      scale_(1.0 / group->getSize()),
-      caps_bytes_(std::move(caps_bytes)) {
-  TORCH_CHECK_VALUE(params.size() == names.size(), "fastddp: ", params.size(), " parameters but ",
-                    names.size(), " names");
+      caps_bytes_(std::move(caps_bytes)),
+      frozen_(std::move(frozen)),
+      divisor_(group->getSize()) {
+  TORCH_CHECK_VALUE(params.size() == names.size() && num_sparse <= params.size(),
+                    "fastddp: ", params.size(), " parameters, ", num_sparse,
+                    " of them sparse, but ", names.size(), " names");
+  const std::size_t num_dense = params.size() - num_sparse;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const auto known = dtype_of(params[i].scalar_type());
     TORCH_CHECK_TYPE(known, "fastddp: parameter '", names[i], "' has dtype ",
                      params[i].scalar_type(),
                      "; gradients can be float32, float64, float16, bfloat16 or complex");
     const DType dtype = *known;
-    specs_.push_back({static_cast<std::int64_t>(real_numel(params[i])),
-                      static_cast<std::int64_t>(size_of(dtype)), static_cast<std::int64_t>(dtype)});
+    if (i < num_dense) {
+      specs_.push_back({static_cast<std::int64_t>(real_numel(params[i])),
+                        static_cast<std::int64_t>(size_of(dtype)),
+                        static_cast<std::int64_t>(dtype)});
+    }
     params_.push_back(
         {.variable = std::move(params[i]), .name = std::move(names[i]), .dtype = dtype});
   }
   // Until the arrival order is known: gradients come back roughly in the reverse of the order of
   // registration.
-  std::vector<std::int64_t> order(params_.size());
+  std::vector<std::int64_t> order(num_dense);
   std::iota(order.rbegin(), order.rend(), 0);
-  plan_ = plan_buckets(specs_, order, caps_bytes_);
+  replan(order);
 }
 
 void Reducer::attach() {
@@ -168,6 +141,27 @@ void Reducer::watch(const std::vector<at::Tensor>& outputs) {
       if (const auto alive = reducer.lock()) alive->on_backward();
     });
   }
+}
+
+void Reducer::set_divisor(double divisor) {
+  const std::lock_guard lock(mutex_);
+  divisor_ = divisor;
+}
+
+void Reducer::set_hook(Hook hook) {
+  const std::lock_guard lock(mutex_);
+  hook_ = std::move(hook);
+  std::vector<std::int64_t> order;
+  for (const BucketPlan& bucket : plan_) {
+    for (const SlotPlan& slot : bucket.slots) order.push_back(slot.param);
+  }
+  replan(order);
+  installed_ = false;  // slots and flags lie elsewhere now
+}
+
+void Reducer::set_after_round(std::function<void()> callback) {
+  const std::lock_guard lock(mutex_);
+  after_round_ = std::move(callback);
 }
 
 void Reducer::close() {
@@ -188,6 +182,16 @@ std::vector<BucketPlan> Reducer::plan() const {
   return plan_;
 }
 
+std::vector<std::string> Reducer::unused() const {
+  const std::lock_guard lock(mutex_);
+  return unused_;
+}
+
+bool Reducer::outgrown() const {
+  return std::any_of(frozen_.begin(), frozen_.end(),
+                     [](const at::Tensor& param) { return param.requires_grad(); });
+}
+
 // ---- called by autograd --------------------------------------------------------------
 
 void Reducer::on_backward() {
@@ -197,7 +201,8 @@ void Reducer::on_backward() {
   const c10::NoGradGuard no_grad;
   const auto trains = [](const Param& param) { return param.variable.requires_grad(); };
   if (round_ || !sync_ || std::none_of(params_.begin(), params_.end(), trains)) return;
-  begin_round();
+  begin_round(false);
+  queue_end();
 }
 
 void Reducer::on_gradient(std::size_t param) {
@@ -208,7 +213,8 @@ void Reducer::on_gradient(std::size_t param) {
       params_[param].accumulated = true;
       return;
     }
-    begin_round();
+    begin_round(false);
+    queue_end();
   }
   take(param);
 }
@@ -220,17 +226,19 @@ void Reducer::finish_round() {
   try {
     flush();
     const auto start = std::chrono::steady_clock::now();
-    for (std::size_t bucket = 0; bucket < buckets_.size(); ++bucket) wait_for(bucket);
+    for (std::size_t launch = 0; launch < round_->waits.size(); ++launch) wait_for(launch);
     stats_.wait_us_last = us_since(start);
   } catch (...) {
     round_.reset();
-    buckets_.clear();  // a collective may still write to them
+    installed_ = false;  // a collective may still write to the buckets
     throw;
   }
-  hand_out();
+  if (!round_->is_shadow) hand_out();
   stats_.wait_us_total += stats_.wait_us_last;
   ++stats_.rounds;
   round_.reset();
+  const auto after_round = after_round_;  // it may set another
+  if (after_round) after_round();
 }
 
 void Reducer::abandon_round() noexcept {
@@ -242,25 +250,31 @@ void Reducer::abandon_round() noexcept {
   } catch (...) {  // the backward's own exception is on its way to the user and says more
   }
   round_.reset();
-  buckets_.clear();  // collectives still write to them; the next round gets its own
+  installed_ = false;  // collectives still write to the buckets; the next round gets its own
+}
+
+void Reducer::shadow() {
+  const std::lock_guard lock(mutex_);
+  const c10::NoGradGuard no_grad;
+  begin_round(true);
+  finish_round();
 }
 
 // ---- one round -----------------------------------------------------------------------
 
-void Reducer::begin_round() {
+void Reducer::begin_round(bool is_shadow) {
   if (agreement_) {
     agreement_->work->wait();
     const at::Tensor order = agreement_->order.front().cpu();
     const auto* begin = order.const_data_ptr<std::int64_t>();
     agreement_.reset();
-    auto plan = plan_buckets(specs_, {begin, begin + order.numel()}, caps_bytes_);
-    if (plan != plan_) {
-      plan_ = std::move(plan);
-      buckets_.clear();
-    }
+    replan({begin, begin + order.numel()});
   }
-  if (buckets_.empty()) install_plan();
-  round_ = std::make_unique<Round>(plan_, params_.size());
+  if (!installed_) install_plan();
+  round_ = std::make_unique<Round>(plan_, params_.size(), is_shadow);
+}
+
+void Reducer::queue_end() {
   const auto end = std::make_shared<RoundEnd>(shared_from_this());
   torch::autograd::Engine::get_default_engine().queue_callback([end] { end->reach(); });
   end->open = true;
@@ -270,32 +284,53 @@ void Reducer::install_plan() {
   stats_.bytes_per_round = 0;
   stats_.num_buckets = static_cast<std::int64_t>(plan_.size());
   // Frees the old buckets before the new are allocated.
+  buckets_.clear();
   for (Param& param : params_) param.slot.reset();
+  const auto num_dense_flags = static_cast<std::int64_t>(hook_ ? num_dense() : 0);
+  const auto num_sparse = static_cast<std::int64_t>(params_.size() - num_dense());
+  loose_flags_.reset();
+  if (num_dense_flags + num_sparse > 0)
+    loose_flags_ = allocate(num_dense_flags + num_sparse, at::kFloat);
+  std::int64_t next_flag = 0;
   for (const BucketPlan& bucket_plan : plan_) {
     const Param& first = params_[static_cast<std::size_t>(bucket_plan.slots.front().param)];
     const at::Tensor flat =
         allocate(bucket_plan.numel, c10::toRealValueType(first.variable.scalar_type()));
     stats_.bytes_per_round += static_cast<std::int64_t>(flat.nbytes());
-    for (const SlotPlan& slot : bucket_plan.slots) {
+    const auto num_slots = static_cast<std::int64_t>(bucket_plan.slots.size());
+    const at::Tensor flags = hook_ ? loose_flags_.narrow(0, next_flag, num_slots)
+                                   : flat.narrow(0, bucket_plan.flags_offset, num_slots);
+    next_flag += hook_ ? num_slots : 0;
+    for (std::int64_t i = 0; i < num_slots; ++i) {
+      const SlotPlan& slot = bucket_plan.slots[static_cast<std::size_t>(i)];
       Param& param = params_[static_cast<std::size_t>(slot.param)];
       param.bucket = buckets_.size();
-      param.slot = make_slot(param, flat, slot);
+      param.slot = make_slot(param.variable, flat, slot, static_cast<bool>(hook_));
+      param.flag = flags[i];
     }
-    const auto num_slots = static_cast<std::int64_t>(bucket_plan.slots.size());
-    buckets_.push_back({flat, flat.narrow(0, bucket_plan.flags_offset, num_slots)});
+    buckets_.push_back({flat, flags});
   }
+  for (std::size_t i = num_dense(); i < params_.size(); ++i)
+    params_[i].flag = loose_flags_[next_flag++];
+  installed_ = true;
 }
 
 void Reducer::take(std::size_t index) {
   Param& param = params_[index];
   at::Tensor& grad = param.variable.mutable_grad();
   if (!grad.defined()) return;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !grad.is_sparse(), "fastddp: parameter '", param.name,
-      "' has a sparse gradient, which is not supported yet; use sparse=False");
   int& taken = round_->taken[index];
+  if (index >= num_dense()) {
+    const at::Tensor scaled = scale_sparse(grad, scale());
+    param.slot = taken++ == 0 ? scaled : param.slot + scaled;
+    grad.reset();
+    return;
+  }
+  TORCH_CHECK_TYPE(!grad.is_sparse(), "fastddp: rank ", rank_, ": parameter '", param.name,
+                   "' got a sparse gradient, but belongs to no torch.nn.Embedding or EmbeddingBag "
+                   "with sparse=True, which is what is looked for when a model is wrapped");
   if (taken == 0) {
-    write(param.dtype, param.slot, grad, scale_);
+    write(param.dtype, param.slot, grad, scale());
     round_->arrival.push_back(static_cast<std::int64_t>(index));
   } else {
     TORCH_CHECK(!round_->tracker.launched(param.bucket), "fastddp: rank ", rank_, ": parameter '",
@@ -303,7 +338,7 @@ void Reducer::take(std::size_t index) {
                 " had been sent, as many as it ever got before. This happens when re-entrant "
                 "activation checkpoints begin to share a parameter in the midst of training; use "
                 "checkpoint(..., use_reentrant=False)");
-    add(param.dtype, param.slot, grad, scale_);
+    add(param.dtype, param.slot, grad, scale());
   }
   if (++taken == param.expected) round_->tracker.mark(param.bucket);
   grad.reset();
@@ -318,35 +353,83 @@ void Reducer::take(std::size_t index) {
 
 // Fills in what this rank has no gradient for, then sends the bucket on its way.
 void Reducer::launch(std::size_t index) {
-  Bucket& bucket = buckets_[index];
-  const auto& slots = plan_[index].slots;
+  const Bucket& bucket = buckets_[index];
+  const BucketPlan& plan = plan_[index];
   bucket.flags.fill_(1);
-  for (std::size_t i = 0; i < slots.size(); ++i) {
-    const auto param = static_cast<std::size_t>(slots[i].param);
-    if (round_->taken[param] == 0) add_bystander(param, bucket.flags[static_cast<std::int64_t>(i)]);
+  for (const SlotPlan& slot : plan.slots) fill_in(static_cast<std::size_t>(slot.param));
+  if (!hook_) {
+    round_->waits.push_back(start_all_reduce(bucket.flat));
+    return;
   }
-  std::vector<at::Tensor> tensors{bucket.flat};
-  const WithoutPythonObjects guard;
-  round_->works.push_back(group()->allreduce(tensors));
+  std::vector<std::size_t> params;
+  std::vector<std::int64_t> offsets;
+  for (const SlotPlan& slot : plan.slots) {
+    params.push_back(static_cast<std::size_t>(slot.param));
+    offsets.push_back(slot.offset);
+  }
+  const at::Tensor gradients = bucket.flat.narrow(0, 0, plan.flags_offset);
+  round_->waits.push_back(start_hook(index, gradients, std::move(params), std::move(offsets)));
 }
 
-void Reducer::add_bystander(std::size_t index, const at::Tensor& flag) {
+void Reducer::launch_sparse(std::size_t index) {
+  Param& param = params_[index];
+  param.flag.fill_(1);
+  fill_in(index);
+  const std::size_t nth = plan_.size() + index - num_dense();
+  round_->waits.push_back(hook_ ? start_hook(nth, param.slot, {index}, {0})
+                                : start_all_reduce(param.slot));
+}
+
+void Reducer::launch_loose_flags() {
+  if (loose_flags_.defined()) round_->waits.push_back(start_all_reduce(loose_flags_));
+}
+
+void Reducer::fill_in(std::size_t index) {
+  Param& param = params_[index];
+  if (round_->is_shadow) {
+    if (index < num_dense()) {
+      param.slot.zero_();
+    } else {
+      param.slot = empty_sparse(param.variable);
+    }
+    param.flag.zero_();
+  } else if (round_->taken[index] == 0) {
+    add_bystander(index);
+  }
+}
+
+void Reducer::add_bystander(std::size_t index) {
   Param& param = params_[index];
   at::Tensor grad = std::move(param.variable.mutable_grad());
-  if (!grad.defined()) {
-    param.slot.zero_();
-  } else if (param.accumulated) {  // what unsynchronised backwards left counts as this one's
-    write(param.dtype, param.slot, grad, scale_);
-    return;
-  } else {
+  at::Tensor old = grad;
+  if (index >= num_dense()) {
+    param.slot = grad.defined() ? scale_sparse(grad, scale()) : empty_sparse(param.variable);
+  } else if (grad.defined()) {
     // The reduction overwrites the slot. If no rank has a new gradient the old must come back bit
     // for bit.
-    const at::Tensor old = grad.is_alias_of(param.slot) ? grad.clone() : grad;
-    write(param.dtype, param.slot, grad, scale_);
-    grad = old;
+    if (!param.accumulated && grad.is_alias_of(param.slot)) old = grad.clone();
+    write(param.dtype, param.slot, grad, scale());
+  } else {
+    param.slot.zero_();
   }
-  flag.zero_();
-  round_->bystanders.push_back({index, std::move(grad), flag});
+  // What unsynchronised backwards left counts as this one's.
+  if (grad.defined() && param.accumulated) return;
+  param.flag.zero_();
+  round_->bystanders.push_back({index, std::move(old)});
+}
+
+Wait Reducer::start_all_reduce(at::Tensor tensor) const {
+  std::vector<at::Tensor> tensors{std::move(tensor)};
+  const WithoutPythonObjects guard;
+  return [work = group()->allreduce(tensors)] { work->wait(); };
+}
+
+Wait Reducer::start_hook(std::size_t index,
+                         const at::Tensor& buffer,
+                         std::vector<std::size_t> params,
+                         std::vector<std::int64_t> offsets) const {
+  const std::size_t count = plan_.size() + params_.size() - num_dense();
+  return hook_({index, count, buffer, std::move(params), std::move(offsets)});
 }
 
 void Reducer::flush() {
@@ -354,6 +437,12 @@ void Reducer::flush() {
        bucket = round_->tracker.pop()) {
     launch(bucket);
   }
+  for (std::size_t i = num_dense(); i < params_.size(); ++i) launch_sparse(i);
+  if (hook_) {  // its callbacks may communicate; see HookRunner in fastddp/hooks.py
+    for (const Wait& wait : round_->waits) wait();
+    round_->waits.clear();
+  }
+  launch_loose_flags();
   if (!order_is_learned_) agree_on_order();
 }
 
@@ -374,12 +463,12 @@ void Reducer::agree_on_order() {
   order_is_learned_ = true;
 }
 
-void Reducer::wait_for(std::size_t bucket) {
+void Reducer::wait_for(std::size_t launch) {
   try {
-    round_->works[bucket]->wait();
+    round_->waits[launch]();
   } catch (const std::exception& error) {
     TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": the all-reduce of ",
-                     describe(bucket), " failed: ", error.what());
+                     describe(launch), " failed: ", error.what());
   }
 }
 
@@ -391,15 +480,25 @@ void Reducer::hand_out() {
     param.variable.mutable_grad() = param.slot;
   }
   for (Bystander& bystander : round_->bystanders) {
+    Param& param = params_[bystander.param];
     // Reading a flag from a device waits for it, which only a rank without a gradient for this
     // parameter does.
-    const bool used_elsewhere = bystander.flag.item<double>() != 0;
-    if (!used_elsewhere)
-      params_[bystander.param].variable.mutable_grad() = std::move(bystander.grad);
+    const bool used_elsewhere = param.flag.item<double>() != 0;
+    if (used_elsewhere) continue;
+    param.variable.mutable_grad() = std::move(bystander.grad);
+    if (stats_.rounds == 0) unused_.push_back(param.name);
   }
 }
 
 // ---- memory and names ----------------------------------------------------------------
+
+void Reducer::replan(const std::vector<std::int64_t>& order) {
+  const auto align_bytes = hook_ ? kPackedAlignBytes : kSlotAlignBytes;
+  auto plan = plan_buckets(specs_, order, caps_bytes_, align_bytes);
+  if (plan == plan_) return;
+  plan_ = std::move(plan);
+  installed_ = false;
+}
 
 // Zeroed, so that the padding between slots sums to zero for ever.
 at::Tensor Reducer::allocate(std::int64_t numel, at::ScalarType dtype) const {
@@ -411,23 +510,6 @@ at::Tensor Reducer::allocate(std::int64_t numel, at::ScalarType dtype) const {
   return at::zeros({numel}, options);
 }
 
-// Shares the bucket's storage but is not a view to autograd, so `grad.detach_()` and the like work
-// on it.
-at::Tensor Reducer::make_slot(const Param& param,
-                              const at::Tensor& flat,
-                              const SlotPlan& slot) const {
-  const at::Tensor& variable = param.variable;
-  const auto sizes = variable.sizes();
-  at::Tensor result = at::empty({0}, variable.options().requires_grad(false));
-  const auto contiguous = at::detail::defaultStrides(sizes);
-  const auto strides =
-      variable.is_non_overlapping_and_dense() ? variable.strides() : at::IntArrayRef(contiguous);
-  const std::int64_t offset = variable.is_complex() ? slot.offset / 2 : slot.offset;
-  at::AutoDispatchBelowADInplaceOrView guard;
-  result.set_(flat.storage(), offset, sizes, strides);
-  return result;
-}
-
 c10::intrusive_ptr<c10d::ProcessGroup> Reducer::group() const {
   auto group = group_.lock();
   TORCH_CHECK(group, "fastddp: rank ", rank_,
@@ -436,12 +518,18 @@ c10::intrusive_ptr<c10d::ProcessGroup> Reducer::group() const {
   return group;
 }
 
-std::string Reducer::describe(std::size_t bucket) const {
-  const auto& slots = plan_[bucket].slots;
+std::string Reducer::describe(std::size_t launch) const {
+  if (hook_) return "the flags of used parameters";
+  if (launch >= plan_.size()) {
+    const std::size_t param = num_dense() + launch - plan_.size();
+    return param < params_.size() ? "the sparse gradient of '" + params_[param].name + "'"
+                                  : "the flags of used parameters";
+  }
+  const auto& slots = plan_[launch].slots;
   const auto name = [this](const SlotPlan& slot) {
     return params_[static_cast<std::size_t>(slot.param)].name;
   };
-  std::string text = "bucket " + std::to_string(bucket + 1) + " of " +
+  std::string text = "bucket " + std::to_string(launch + 1) + " of " +
                      std::to_string(plan_.size()) + " ('" + name(slots.front()) + "'";
   if (slots.size() > 1) text += " to '" + name(slots.back()) + "'";
   return text + ")";

@@ -1,27 +1,28 @@
 // The C++ engine: gradients into buckets, buckets into collectives, while backward goes on.
 //
 // One synchronised backward is a *round*. Its life:
-//   first gradient   -> begin_round(): install the plan if a new one is due, queue finish_round()
-//   on the backward each gradient    -> take(): scale it into its slot, empty `.grad`, launch the
-//   buckets that are full, in plan order end of backward  -> finish_round(): launch what is left,
-//   wait, make each `.grad` the reduced slot backward raised  -> abandon_round(): launch what is
-//   left and wait for nothing
+//   first gradient     -> begin_round(): install the plan if a new one is due, queue finish_round()
+//                         on the backward
+//   each gradient      -> take(): scale it into its slot, empty `.grad`, launch the buckets that
+//                         are full, in plan order
+//   end of backward    -> finish_round(): launch what is left, wait, make each `.grad` the reduced
+//                         slot
+//   backward raised    -> abandon_round(): launch what is left and wait for nothing
 //
 // Invariants, each with the test that guards it:
 // * A round begins when backward reaches an output of forward, or at the first gradient if there is
 //   no such output. The former is the same on every rank, whatever parameters it goes on to reach,
 //   and is outside of any re-entrant backward. (test_accumulation.py)
-// * Every rank launches every bucket of the plan in every round, also those it has no gradient for.
-// Ranks therefore
-//   stay in step when they use different parameters or when one of them raises.
-//   (test_accumulation.py)
+// * Every rank launches every bucket of the plan in every round, also those it has no gradient for,
+//   then every sparse gradient. Ranks therefore stay in step when they use different parameters or
+//   when one of them raises. (test_accumulation.py)
 // * `.grad` is empty while its bucket is in flight, so nothing but the collective can touch a
-// launched bucket: a second
-//   gradient of the same parameter arrives in fresh memory. (test_gradients.py)
+//   launched bucket: a second gradient of the same parameter arrives in fresh memory.
+//   (test_gradients.py)
 // * The reducer never owns its process group. Freeing a group joins its threads; doing so from a
-// destructor that holds
-//   the GIL deadlocks. (test_launch.py)
+//   destructor that holds the GIL deadlocks. (test_launch.py)
 // * Memory is allocated at the head of a round only, and only when the plan is new.
+// * Whoever waits for the mutex does not hold the GIL: a hook takes the GIL under the mutex.
 //
 // `fastddp/engine/python.py` is this file's specification: same collectives, same bits.
 #pragma once
@@ -31,6 +32,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -54,11 +56,27 @@ struct Stats {
   std::int64_t num_buckets = 0;
 };
 
+// What a communication hook is given: gradients as they are, not yet scaled.
+struct HookInput {
+  std::size_t index;
+  std::size_t count;                  // of buckets, and of sparse gradients, in a round
+  at::Tensor buffer;                  // the gradients and nothing else; or one sparse gradient
+  std::vector<std::size_t> params;    // whose they are
+  std::vector<std::int64_t> offsets;  // where in the buffer each begins
+};
+
+using Wait = std::function<void()>;
+// Starts to communicate. The result is in the buffer once the function that it returns has run.
+using Hook = std::function<Wait(const HookInput&)>;
+
 class Reducer final : public std::enable_shared_from_this<Reducer> {
  public:
-  // `params` all require grad, are dense, on one device; `names` are theirs, for messages.
+  // `params` are on one device, and the last `num_sparse` of them get sparse gradients; `names` are
+  // theirs, for messages. `frozen` are the model's other parameters.
   Reducer(std::vector<at::Tensor> params,
           std::vector<std::string> names,
+          std::size_t num_sparse,
+          std::vector<at::Tensor> frozen,
           const c10::intrusive_ptr<c10d::ProcessGroup>& group,
           std::vector<std::int64_t> caps_bytes);
 
@@ -73,9 +91,21 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   // Whether a backward that begins now is synchronised.
   void set_sync(bool sync) { sync_ = sync; }
   bool sync() const { return sync_; }
+  // What gradients are divided by, from the next round on: the number of ranks unless told.
+  void set_divisor(double divisor);
+  // Hands the gradients to `hook` from the next round on, in place of the all-reduce.
+  void set_hook(Hook hook);
+  // Has `callback` called at the end of each round, once gradients are where they belong.
+  void set_after_round(std::function<void()> callback);
+  // Takes part in a round of the other ranks with nothing to add, and takes nothing from it.
+  void shadow();
 
   Stats stats() const;
   std::vector<BucketPlan> plan() const;
+  // The names of the parameters that no rank had a gradient for in the first round.
+  std::vector<std::string> unused() const;
+  // Whether a parameter that was frozen requires grad now, so that another reducer is needed.
+  bool outgrown() const;
 
  private:
   friend struct GradientHook;
@@ -90,31 +120,35 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
     DType dtype;
     NodePtr accumulator;  // the tensor itself holds only a weak reference
     std::uintptr_t hook = 0;
-    std::size_t bucket = 0;
-    at::Tensor slot;  // where its reduced gradient lies, shaped and strided like the parameter
+    std::size_t bucket = 0;  // if dense
+    // Where its reduced gradient lies, shaped and strided like the parameter. A sparse gradient has
+    // no place in a bucket: then this is what the round makes of it.
+    at::Tensor slot;
+    at::Tensor flag;           // one element: whether any rank had a gradient
     bool accumulated = false;  // holds local gradients of backwards that were not synchronised
     int expected = 1;          // gradients per round: the most that there have been
   };
 
   struct Bucket {
     at::Tensor flat;
-    at::Tensor flags;
+    at::Tensor
+        flags;  // in its tail, so that they need no collective; or in those of `loose_flags_`
   };
 
   // A gradient that the round's own backward did not produce, as it was before the round.
   struct Bystander {
     std::size_t param;
     at::Tensor grad;  // undefined when there was none
-    at::Tensor flag;  // this slot's element of the bucket's flags
   };
 
   struct Round {
-    explicit Round(const std::vector<BucketPlan>& plan, std::size_t num_params)
-        : tracker(plan), taken(num_params, 0) {}
+    Round(const std::vector<BucketPlan>& plan, std::size_t num_params, bool is_shadow)
+        : is_shadow(is_shadow), tracker(plan), taken(num_params, 0) {}
+    const bool is_shadow;  // of a round of the other ranks
     ReadyTracker tracker;
     std::vector<int> taken;  // by parameter, gradients so far
     std::vector<std::int64_t> arrival;
-    std::vector<c10::intrusive_ptr<c10d::Work>> works;  // by bucket
+    std::vector<Wait> waits;  // in the order of launching
     std::vector<Bystander> bystanders;
   };
 
@@ -129,36 +163,55 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void finish_round();
   void abandon_round() noexcept;
 
-  void begin_round();
+  void begin_round(bool is_shadow);
+  void queue_end();
   void install_plan();
   void take(std::size_t param);
   void launch(std::size_t bucket);
+  void launch_sparse(std::size_t param);
+  void launch_loose_flags();
   void flush();
-  void add_bystander(std::size_t param, const at::Tensor& flag);
+  void fill_in(std::size_t param);
+  void add_bystander(std::size_t param);
+  Wait start_all_reduce(at::Tensor tensor) const;
+  Wait start_hook(std::size_t index,
+                  const at::Tensor& buffer,
+                  std::vector<std::size_t> params,
+                  std::vector<std::int64_t> offsets) const;
   void agree_on_order();
-  void wait_for(std::size_t bucket);
+  void wait_for(std::size_t launch);
   void hand_out();
+  void replan(const std::vector<std::int64_t>& order);
   at::Tensor allocate(std::int64_t numel, at::ScalarType dtype) const;
-  at::Tensor make_slot(const Param& param, const at::Tensor& flat, const SlotPlan& slot) const;
   c10::intrusive_ptr<c10d::ProcessGroup> group() const;
-  std::string describe(std::size_t bucket) const;
+  std::string describe(std::size_t launch) const;
+  std::size_t num_dense() const { return specs_.size(); }
+  // With a hook, gradients go to it as they are.
+  double scale() const { return hook_ ? 1.0 : 1.0 / divisor_; }
 
   // Fixed for the reducer's life.
   const c10::weak_intrusive_ptr<c10d::ProcessGroup> group_;
   const int rank_;
-  const double scale_;
   const std::vector<std::int64_t> caps_bytes_;
-  std::vector<ParamSpec> specs_;
+  const std::vector<at::Tensor> frozen_;
+  std::vector<ParamSpec> specs_;  // of the dense parameters, which come first
 
   std::atomic<bool> sync_{true};
 
-  mutable std::mutex mutex_;  // guards all below
+  // Guards all below. Recursive: a hook may ask for stats() or plan().
+  mutable std::recursive_mutex mutex_;
   std::vector<Param> params_;
+  double divisor_;
+  Hook hook_;
+  std::function<void()> after_round_;
   std::vector<BucketPlan> plan_;
-  std::vector<Bucket> buckets_;  // empty until the plan is installed
+  bool installed_ = false;  // whether the next three are the plan's
+  std::vector<Bucket> buckets_;
+  at::Tensor loose_flags_;  // those that travel in no bucket; undefined if there are none
   std::optional<Agreement> agreement_;
   bool order_is_learned_ = false;
   Stats stats_;
+  std::vector<std::string> unused_;
   std::unique_ptr<Round> round_;  // null between rounds
 };
 

@@ -7,13 +7,14 @@ and its stand-in where there is no compiler. Both give the same bits and may be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch.distributed import ProcessGroup
 
 from fastddp import config, extension
+from fastddp.hooks import HookRunner
 from fastddp.plan import BucketPlan
 
 NAMES = ("native", "python")
@@ -60,6 +61,38 @@ class Reducer(Protocol):
         then reaches no parameter.
         """
 
+    def set_divisor(self, divisor: float) -> None:
+        """Sets what gradients are divided by, from the next round on; else the number of ranks."""
+
+    def set_hook(self, hook: HookRunner) -> None:
+        """Hands the buckets to a communication hook in place of the all-reduce.
+
+        From the next round on, on every rank. Buckets then hold gradients as they are, without
+        gaps, and with rows in order whatever the parameter's strides; a sparse gradient comes as a
+        bucket of its own.
+        """
+
+    def set_after_round(self, callback: Callable[[], None] | None) -> None:
+        """Has ``callback`` called at the end of each round, once gradients are where they belong.
+
+        The reducer holds it; let it refer to the reducer's owner weakly.
+        """
+
+    def outgrown(self) -> bool:
+        """Returns whether a parameter that was frozen requires grad now.
+
+        Then another reducer is needed, on every rank before its next backward.
+        """
+
+    def shadow(self) -> None:
+        """Takes part in a round of the other ranks with nothing to add, and takes nothing from it.
+
+        Returns when the round is over.
+        """
+
+    def unused(self) -> Sequence[str]:
+        """Returns the names of the parameters that no rank had a gradient for in round one."""
+
     def close(self) -> None:
         """Unhooks the parameters. Their next gradients are left alone; call once, at any time."""
 
@@ -97,6 +130,8 @@ def make_reducer(
     name: str,
     params: Sequence[torch.nn.Parameter],
     names: Sequence[str],
+    num_sparse: int,
+    frozen: Sequence[torch.Tensor],
     group: ProcessGroup,
     caps_bytes: Sequence[int],
 ) -> Reducer:
@@ -104,16 +139,18 @@ def make_reducer(
 
     Args:
         name: the engine, from :func:`choose`.
-        params: each requires grad and is floating point or complex; all on one device. The same
-            ones, in the same order, on every rank.
+        params: each is floating point or complex and requires grad, at least now and then; all on
+            one device. The same ones, in the same order, on every rank.
         names: theirs, for messages.
+        num_sparse: how many of the last of them get sparse gradients, with one index dimension.
+        frozen: the model's other parameters, see :meth:`Reducer.outgrown`.
         group: where to reduce. The reducer does not keep it alive.
         caps_bytes: see :func:`fastddp.plan.plan_buckets`; the same on every rank.
     """
     if name == "native":
         from fastddp.engine.native import NativeReducer
 
-        return NativeReducer(params, names, group, caps_bytes)
+        return NativeReducer(params, names, num_sparse, frozen, group, caps_bytes)
     from fastddp.engine.python import PythonReducer
 
-    return PythonReducer(params, names, group, caps_bytes)
+    return PythonReducer(params, names, num_sparse, frozen, group, caps_bytes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.distributed import ProcessGroup
 
 import fastddp._C as _C
+from fastddp.hooks import GradBucket, HookRunner, Wait
 from fastddp.plan import Bucket, BucketPlan, Slot
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -21,10 +23,16 @@ class NativeReducer:
         self,
         params: Sequence[torch.nn.Parameter],
         names: Sequence[str],
+        num_sparse: int,
+        frozen: Sequence[torch.Tensor],
         group: ProcessGroup,
         caps_bytes: Sequence[int],
     ) -> None:
-        self._reducer = _C.Reducer(list(params), list(names), group, list(caps_bytes))
+        self._params = list(params)
+        self._hook: HookRunner | None = None
+        self._reducer = _C.Reducer(
+            self._params, list(names), num_sparse, list(frozen), group, list(caps_bytes)
+        )
 
     @property
     def sync(self) -> bool:
@@ -36,6 +44,37 @@ class NativeReducer:
 
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
         self._reducer.watch(outputs)
+
+    def set_divisor(self, divisor: float) -> None:
+        self._reducer.set_divisor(divisor)
+
+    def set_hook(self, hook: HookRunner) -> None:
+        # C++ must not own what may own this object: the garbage collector cannot look into C++.
+        self._hook = hook
+        this = weakref.ref(self)
+
+        def native_hook(
+            index: int, count: int, buffer: torch.Tensor, params: list[int], offsets: list[int]
+        ) -> Wait:
+            alive = this()
+            assert alive is not None
+            assert alive._hook is not None
+            owners = [alive._params[param] for param in params]
+            return alive._hook.start(GradBucket(index, count, buffer, owners, offsets))
+
+        self._reducer.set_hook(native_hook)
+
+    def set_after_round(self, callback: Callable[[], None] | None) -> None:
+        self._reducer.set_after_round(callback)
+
+    def outgrown(self) -> bool:
+        return self._reducer.outgrown()
+
+    def shadow(self) -> None:
+        self._reducer.shadow()
+
+    def unused(self) -> Sequence[str]:
+        return self._reducer.unused()
 
     def close(self) -> None:
         self._reducer.close()

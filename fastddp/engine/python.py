@@ -14,9 +14,10 @@ A round begins when backward reaches an output of forward, or at the first gradi
 such output. The former is the same on every rank, whatever parameters it goes on to reach, and is
 outside of any re-entrant backward.
 
-Every rank launches every bucket in every round, also those it has no gradient for, so ranks stay in
-step when they use different parameters or when one of them raises. ``.grad`` is empty while its
-bucket is in flight, so nothing but the collective can touch a launched bucket.
+Every rank launches every bucket in every round, also those it has no gradient for, and then every
+sparse gradient, so ranks stay in step when they use different parameters or when one of them
+raises. ``.grad`` is empty while its bucket is in flight, so nothing but the collective can touch a
+launched bucket.
 """
 
 from __future__ import annotations
@@ -32,8 +33,16 @@ import torch
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
-from fastddp.collectives import Loan
-from fastddp.plan import Bucket, BucketPlan, ParamSpec, Slot, plan_buckets
+from fastddp.collectives import Loan, settle
+from fastddp.hooks import GradBucket, HookRunner, Wait
+from fastddp.plan import (
+    PACKED_ALIGN_BYTES,
+    SLOT_ALIGN_BYTES,
+    BucketPlan,
+    ParamSpec,
+    Slot,
+    plan_buckets,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,11 @@ class _Place:
     """Where a parameter's gradient goes under the installed plan."""
 
     bucket: int
+    """-1 for a sparse gradient, which has no place in one."""
     slot: torch.Tensor
+    """Where its reduced gradient lies. For a sparse one, what the round makes of it."""
+    flag: torch.Tensor
+    """One element: whether any rank had a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,7 @@ class _Memory:
 
     flat: torch.Tensor
     flags: torch.Tensor
+    """In its tail, so that they need no collective; or in the loose ones."""
     loan: Loan
 
 
@@ -70,18 +84,20 @@ class _Bystander:
 
     param: int
     grad: torch.Tensor | None
-    flag: torch.Tensor
 
 
 @dataclass(slots=True)
 class _Round:
+    is_shadow: bool
+    """Of a round of the other ranks."""
     missing: list[int]
     """By bucket, gradients still to come."""
     next_bucket: int = 0
     taken: Counter[int] = field(default_factory=Counter)
     """By parameter, gradients so far."""
     arrival: list[int] = field(default_factory=list)
-    works: list[Work] = field(default_factory=list)
+    waits: list[Wait] = field(default_factory=list)
+    """In the order of launching."""
     bystanders: list[_Bystander] = field(default_factory=list)
 
 
@@ -108,22 +124,30 @@ class PythonReducer:
         self,
         params: Sequence[torch.nn.Parameter],
         names: Sequence[str],
+        num_sparse: int,
+        frozen: Sequence[torch.Tensor],
         group: ProcessGroup,
         caps_bytes: Sequence[int],
     ) -> None:
         self.sync = True
-        self._memory: list[_Memory] = []  # empty until the plan is installed
+        self._hook: HookRunner | None = None
+        self._loose_flags: _Memory | None = None  # those that travel in no bucket
+        self._memory: list[_Memory] = []
+        self._installed = False  # whether these two are the plan's
         self._params = list(params)
         self._names = list(names)
-        self._specs = [ParamSpec.of(param) for param in params]
+        self._num_dense = len(params) - num_sparse
+        self._frozen = list(frozen)
+        self._specs = [ParamSpec.of(param) for param in params[: self._num_dense]]
         # Weak: whoever frees a process group last joins its threads, and must not hold the GIL.
         self._group_ref = weakref.ref(group)
         self._rank = group.rank()
-        self._scale = 1.0 / group.size()
+        self._divisor = float(group.size())
         self._caps_bytes = list(caps_bytes)
+        self._after_round: Callable[[], None] | None = None
         # Until the arrival order is known: gradients come back roughly in the reverse order.
-        order = list(reversed(range(len(self._params))))
-        self._plan = plan_buckets(self._specs, order, self._caps_bytes)
+        self._plan = BucketPlan(())
+        self._replan(list(reversed(range(self._num_dense))))
 
         self._places: dict[int, _Place] = {}
         self._accumulated: set[int] = set()  # hold gradients of unsynchronised backwards
@@ -131,6 +155,7 @@ class PythonReducer:
         self._agreement: tuple[torch.Tensor, Work] | None = None
         self._order_is_learned = False
         self._stats = RoundStats()
+        self._unused: list[str] = []
         self._round: _Round | None = None
 
         # A tensor holds its gradient node weakly: kept here, or the hook would go with the node.
@@ -146,13 +171,36 @@ class PythonReducer:
             if output.requires_grad and not output.is_leaf:
                 output.register_hook(_backward_hook(this))
 
+    def set_divisor(self, divisor: float) -> None:
+        self._divisor = divisor
+
+    def set_hook(self, hook: HookRunner) -> None:
+        self._hook = hook
+        self._replan([slot.param for bucket in self._plan.buckets for slot in bucket.slots])
+        self._installed = False  # slots and flags lie elsewhere now
+
+    def set_after_round(self, callback: Callable[[], None] | None) -> None:
+        self._after_round = callback
+
+    def outgrown(self) -> bool:
+        return any(param.requires_grad for param in self._frozen)
+
+    @torch.no_grad()
+    def shadow(self) -> None:
+        self._round = self._begin_round(is_shadow=True)
+        self._finish_round()
+
+    def unused(self) -> list[str]:
+        return self._unused
+
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def __del__(self) -> None:
-        for memory in self._memory:
-            memory.loan.settle()
+        self._hook = None  # its buffers are views, which hold what they are views of
+        loose = [] if self._loose_flags is None else [self._loose_flags]
+        settle(memory.loan for memory in (*self._memory, *loose))
 
     def stats(self) -> RoundStats:
         return self._stats
@@ -168,6 +216,7 @@ class PythonReducer:
             return
         if any(param.requires_grad for param in self._params):
             self._round = self._begin_round()
+            self._queue_end()
 
     @torch.no_grad()
     def _on_gradient(self, index: int) -> None:
@@ -176,6 +225,7 @@ class PythonReducer:
                 self._accumulated.add(index)
                 return
             self._round = self._begin_round()
+            self._queue_end()
         self._take(self._round, index)
 
     @torch.no_grad()
@@ -185,19 +235,22 @@ class PythonReducer:
         try:
             self._flush(current)
             start = time.perf_counter()
-            for bucket in range(len(self._memory)):
-                self._wait_for(current, bucket)
+            for launch in range(len(current.waits)):
+                self._wait_for(current, launch)
             wait_us = (time.perf_counter() - start) * 1e6
         except BaseException:
-            self._memory.clear()  # a collective may still write to it
+            self._installed = False  # a collective may still write to the buckets
             raise
-        self._hand_out(current)
+        if not current.is_shadow:
+            self._hand_out(current)
         self._stats = replace(
             self._stats,
             rounds=self._stats.rounds + 1,
             wait_us_last=wait_us,
             wait_us_total=self._stats.wait_us_total + wait_us,
         )
+        if self._after_round is not None:
+            self._after_round()
 
     @torch.no_grad()
     def _abandon_round(self) -> None:
@@ -207,33 +260,53 @@ class PythonReducer:
         # The backward's own exception is on its way to the user and says more than one of these.
         with contextlib.suppress(Exception):
             self._flush(current)
-        self._memory.clear()  # collectives still write to it; the next round gets its own
+        self._installed = False  # collectives still write to the buckets; the next gets its own
 
     # ---- one round -------------------------------------------------------------------------------
 
-    def _begin_round(self) -> _Round:
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self._hook is not None else 1.0 / self._divisor
+
+    def _begin_round(self, is_shadow: bool = False) -> _Round:
         if self._agreement is not None:
             order, work = self._agreement
             work.wait()
             self._agreement = None
-            plan = plan_buckets(self._specs, order.tolist(), self._caps_bytes)
-            if plan != self._plan:
-                self._plan = plan
-                self._memory.clear()
-        if not self._memory:
+            self._replan(order.tolist())
+        if not self._installed:
             self._install_plan()
+        return _Round(is_shadow, missing=[len(bucket.slots) for bucket in self._plan.buckets])
+
+    def _queue_end(self) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(_RoundEnd(self))
-        return _Round(missing=[len(bucket.slots) for bucket in self._plan.buckets])
 
     def _install_plan(self) -> None:
         self._places.clear()  # frees the old buckets before the new are allocated
+        self._memory.clear()
+        num_sparse = len(self._params) - self._num_dense
+        num_loose = num_sparse + (0 if self._hook is None else self._num_dense)
+        self._loose_flags = None
+        loose = torch.empty(0)
+        if num_loose:
+            loose = self._allocate(num_loose, torch.float32)
+            self._loose_flags = _Memory(loose, loose, Loan(loose))
+        next_flag = 0
         for index, bucket in enumerate(self._plan.buckets):
-            flat = self._allocate(bucket)
-            flags = flat.narrow(0, bucket.flags_offset, len(bucket.slots))
+            flat = self._allocate(bucket.numel, bucket.dtype)
+            if self._hook is None:
+                flags = flat.narrow(0, bucket.flags_offset, len(bucket.slots))
+            else:
+                flags = loose.narrow(0, next_flag, len(bucket.slots))
+                next_flag += len(bucket.slots)
             self._memory.append(_Memory(flat, flags, Loan(flat)))
-            for slot in bucket.slots:
-                view = _make_slot(self._params[slot.param], flat, slot)
-                self._places[slot.param] = _Place(index, view)
+            for nth, slot in enumerate(bucket.slots):
+                view = _make_slot(self._params[slot.param], flat, slot, self._hook is not None)
+                self._places[slot.param] = _Place(index, view, flags[nth])
+        for index in range(self._num_dense, len(self._params)):
+            self._places[index] = _Place(-1, _empty_sparse(self._params[index]), loose[next_flag])
+            next_flag += 1
+        self._installed = True
         self._stats = replace(
             self._stats, bytes_per_round=self._plan.num_bytes, num_buckets=len(self._memory)
         )
@@ -243,12 +316,19 @@ class PythonReducer:
         grad = param.grad
         if grad is None:
             return
-        if grad.is_sparse:
-            raise NotImplementedError(
-                f"fastddp: parameter '{self._names[index]}' has a sparse gradient, which is not"
-                " supported yet; use sparse=False"
-            )
         taken = current.taken[index]
+        if index >= self._num_dense:
+            scaled = _scale_sparse(grad, self._scale)
+            place.slot = scaled if taken == 0 else place.slot + scaled
+            current.taken[index] += 1
+            param.grad = None
+            return
+        if grad.is_sparse:
+            raise TypeError(
+                f"fastddp: rank {self._rank}: parameter '{self._names[index]}' got a sparse"
+                " gradient, but belongs to no torch.nn.Embedding or EmbeddingBag with sparse=True,"
+                " which is what is looked for when a model is wrapped"
+            )
         if taken == 0:
             _write(place.slot, grad, self._scale)
             current.arrival.append(index)
@@ -276,36 +356,94 @@ class PythonReducer:
 
     def _launch(self, current: _Round) -> None:
         """Fills in what this rank has no gradient for, then sends the next bucket on its way."""
-        memory = self._memory[current.next_bucket]
+        index = current.next_bucket
+        bucket, memory = self._plan.buckets[index], self._memory[index]
         memory.flags.fill_(1)
-        for nth, slot in enumerate(self._plan.buckets[current.next_bucket].slots):
-            if slot.param not in current.taken:
-                self._add_bystander(current, slot.param, memory.flags[nth])
+        for slot in bucket.slots:
+            self._fill_in(current, slot.param)
         current.next_bucket += 1
-        with _without_context():
-            current.works.append(self._group().allreduce([memory.flat]))
+        if self._hook is None:
+            current.waits.append(self._start_all_reduce(memory.flat))
+            return
+        gradients = memory.flat.narrow(0, 0, bucket.flags_offset)
+        current.waits.append(
+            self._start_hook(
+                index,
+                gradients,
+                [slot.param for slot in bucket.slots],
+                [slot.offset for slot in bucket.slots],
+            )
+        )
 
-    def _add_bystander(self, current: _Round, index: int, flag: torch.Tensor) -> None:
-        param, slot = self._params[index], self._places[index].slot
+    def _launch_sparse(self, current: _Round, index: int) -> None:
+        place = self._places[index]
+        place.flag.fill_(1)
+        self._fill_in(current, index)
+        if self._hook is None:
+            current.waits.append(self._start_all_reduce(place.slot))
+        else:
+            nth = len(self._plan.buckets) + index - self._num_dense
+            current.waits.append(self._start_hook(nth, place.slot, [index], [0]))
+
+    def _start_all_reduce(self, tensor: torch.Tensor) -> Wait:
+        with _without_context():
+            work = self._group().allreduce([tensor])
+
+        def wait() -> None:
+            work.wait()
+
+        return wait
+
+    def _start_hook(
+        self, index: int, buffer: torch.Tensor, params: Sequence[int], offsets: Sequence[int]
+    ) -> Wait:
+        assert self._hook is not None
+        count = len(self._plan.buckets) + len(self._params) - self._num_dense
+        owners = [self._params[param] for param in params]
+        return self._hook.start(GradBucket(index, count, buffer, owners, offsets))
+
+    def _fill_in(self, current: _Round, index: int) -> None:
+        param, place = self._params[index], self._places[index]
+        if current.is_shadow:
+            if index < self._num_dense:
+                place.slot.zero_()
+            else:
+                place.slot = _empty_sparse(param)
+            place.flag.zero_()
+        elif index not in current.taken:
+            self._add_bystander(current, index)
+
+    def _add_bystander(self, current: _Round, index: int) -> None:
+        param, place = self._params[index], self._places[index]
         grad, param.grad = param.grad, None
         old = grad
-        if grad is None:
-            slot.zero_()
-        elif index in self._accumulated:  # what unsynchronised backwards left is this one's too
-            _write(slot, grad, self._scale)
-            return
+        accumulated = index in self._accumulated
+        if index >= self._num_dense:
+            place.slot = _empty_sparse(param) if grad is None else _scale_sparse(grad, self._scale)
+        elif grad is None:
+            place.slot.zero_()
         else:
             # The reduction overwrites the slot. If no rank has a new gradient the old must come
             # back bit for bit.
-            if _shares_storage(grad, slot):
+            if not accumulated and _shares_storage(grad, place.slot):
                 old = grad.clone()
-            _write(slot, grad, self._scale)
-        flag.zero_()
-        current.bystanders.append(_Bystander(index, old, flag))
+            _write(place.slot, grad, self._scale)
+        if grad is not None and accumulated:
+            return  # what unsynchronised backwards left is this one's too
+        place.flag.zero_()
+        current.bystanders.append(_Bystander(index, old))
 
     def _flush(self, current: _Round) -> None:
         while current.next_bucket < len(current.missing):
             self._launch(current)
+        for index in range(self._num_dense, len(self._params)):
+            self._launch_sparse(current, index)
+        if self._hook is not None:  # its callbacks may communicate; see HookRunner
+            for wait in current.waits:
+                wait()
+            current.waits.clear()
+        if self._loose_flags is not None:
+            current.waits.append(self._start_all_reduce(self._loose_flags.flat))
         if not self._order_is_learned:
             self._agree_on_order(current)
 
@@ -318,12 +456,12 @@ class PythonReducer:
             self._agreement = order, self._group().broadcast([order])
         self._order_is_learned = True
 
-    def _wait_for(self, current: _Round, bucket: int) -> None:
+    def _wait_for(self, current: _Round, launch: int) -> None:
         try:
-            current.works[bucket].wait()
+            current.waits[launch]()
         except RuntimeError as error:
             raise torch.distributed.DistBackendError(
-                f"fastddp: rank {self._rank}: the all-reduce of {self._describe(bucket)} failed:"
+                f"fastddp: rank {self._rank}: the all-reduce of {self._describe(launch)} failed:"
                 f" {error}"
             ) from error
 
@@ -334,19 +472,28 @@ class PythonReducer:
             param.grad = self._places[index].slot
         for bystander in current.bystanders:
             # Reading a flag from a device waits for it, which only a rank without a gradient does.
-            if not bystander.flag.item():
-                self._params[bystander.param].grad = bystander.grad
+            if self._places[bystander.param].flag.item():
+                continue
+            self._params[bystander.param].grad = bystander.grad
+            if self._stats.rounds == 0:
+                self._unused.append(self._names[bystander.param])
 
     # ---- memory and names ------------------------------------------------------------------------
 
-    def _allocate(self, bucket: Bucket) -> torch.Tensor:
+    def _replan(self, order: Sequence[int]) -> None:
+        align_bytes = SLOT_ALIGN_BYTES if self._hook is None else PACKED_ALIGN_BYTES
+        plan = plan_buckets(self._specs, order, self._caps_bytes, align_bytes)
+        if plan != self._plan:
+            self._plan = plan
+            self._installed = False
+
+    def _allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns zeroed memory, so that the padding between slots sums to zero for ever."""
         device = self._params[0].device
         backend = self._group()._get_backend(device)
         if backend.supports_tensor_alloc(device):
-            flat = backend.allocate_tensor(bucket.numel, dtype=bucket.dtype, device=device)
-            return flat.zero_()
-        return torch.zeros(bucket.numel, dtype=bucket.dtype, device=device)
+            return backend.allocate_tensor(numel, dtype=dtype, device=device).zero_()
+        return torch.zeros(numel, dtype=dtype, device=device)
 
     def _group(self) -> ProcessGroup:
         group = self._group_ref()
@@ -357,12 +504,19 @@ class PythonReducer:
             )
         return group
 
-    def _describe(self, bucket: int) -> str:
-        slots = self._plan.buckets[bucket].slots
+    def _describe(self, launch: int) -> str:
+        if self._hook is not None:
+            return "the flags of used parameters"
+        if launch >= len(self._plan.buckets):
+            param = self._num_dense + launch - len(self._plan.buckets)
+            if param < len(self._params):
+                return f"the sparse gradient of '{self._names[param]}'"
+            return "the flags of used parameters"
+        slots = self._plan.buckets[launch].slots
         names = f"'{self._names[slots[0].param]}'"
         if len(slots) > 1:
             names += f" to '{self._names[slots[-1].param]}'"
-        return f"bucket {bucket + 1} of {len(self._plan.buckets)} ({names})"
+        return f"bucket {launch + 1} of {len(self._plan.buckets)} ({names})"
 
 
 @contextlib.contextmanager
@@ -417,12 +571,14 @@ def _gradient_hook(reducer: weakref.ref[PythonReducer], index: int) -> Callable[
     return hook
 
 
-def _make_slot(param: torch.Tensor, flat: torch.Tensor, slot: Slot) -> torch.Tensor:
-    """Returns the slot, shaped and strided like ``param``.
+def _make_slot(
+    param: torch.Tensor, flat: torch.Tensor, slot: Slot, contiguous: bool
+) -> torch.Tensor:
+    """Returns the slot, shaped like ``param``, and strided like it unless ``contiguous``.
 
     It shares the bucket's storage but is not a view to autograd, so ``grad.detach_()`` works.
     """
-    dense = torch.ops.aten.is_non_overlapping_and_dense(param)
+    dense = torch.ops.aten.is_non_overlapping_and_dense(param) and not contiguous
     stride = param.stride() if dense else torch.empty(param.shape, device="meta").stride()
     offset = slot.offset // 2 if param.is_complex() else slot.offset
     storage = torch.empty(0, dtype=param.dtype, device=param.device)
@@ -440,6 +596,17 @@ def _write(slot: torch.Tensor, grad: torch.Tensor, scale: float) -> None:
 def _resolved(grad: torch.Tensor) -> torch.Tensor:
     """Returns the gradient with its values in memory, not with a lazy conjugation or negation."""
     return grad.resolve_conj().resolve_neg()
+
+
+def _scale_sparse(grad: torch.Tensor, scale: float) -> torch.Tensor:
+    """Returns ``grad * scale`` with one dimension of indices, like an embedding's."""
+    return torch.mul(grad if grad.is_sparse else grad.to_sparse(1), scale)
+
+
+def _empty_sparse(param: torch.Tensor) -> torch.Tensor:
+    indices = torch.empty(1, 0, dtype=torch.long, device=param.device)
+    values = torch.empty(0, *param.shape[1:], dtype=param.dtype, device=param.device)
+    return torch.sparse_coo_tensor(indices, values, param.shape)
 
 
 def _shares_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

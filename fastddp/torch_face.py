@@ -1,0 +1,62 @@
+"""What tools read from torch's class by names of its own: attributes, logging data, the reducer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fastddp.replica import Replica
+
+
+class TorchReducer:
+    """What frameworks call on torch's reducer; there is nothing to do."""
+
+    def prepare_for_forward(self) -> None: ...
+
+    def prepare_for_backward(self, outputs: list[torch.Tensor]) -> None: ...
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+def attributes(replica: Replica) -> dict[str, Any]:
+    """Returns what torch's class keeps in attributes."""
+    options = replica.options
+    buffers = replica.buffers.named()
+    return options.unused | {
+        "device": replica.device,
+        "device_type": replica.device.type,
+        "device_ids": [d.index for d in options.device_ids] or None,
+        "output_device": options.output_device,
+        "is_multi_device_module": False,
+        "broadcast_buffers": options.forward_sync_buffers,
+        "forward_sync_buffers": options.forward_sync_buffers,
+        "require_forward_param_sync": replica.sync_buffers_next,
+        "parameters_to_ignore": set(replica.ignored),
+        "modules_buffers": list(buffers.values()),
+        "named_module_buffers": buffers,
+        "bucket_bytes_cap": options.caps_bytes[-1],
+        "mixed_precision": None,
+        "logger": None,
+        "reducer": TorchReducer(),
+        "_has_rebuilt_buckets": replica.stats().rounds > 0,
+    }
+
+
+def logging_data(replica: Replica) -> dict[str, Any]:
+    """Returns the entries of torch's logging data that have a meaning here."""
+    stats, group = replica.stats(), replica.group
+    module = replica.module
+    return {
+        "module_name": type(module).__name__,
+        "world_size": 1 if group is None else group.size(),
+        "rank": 0 if group is None else group.rank(),
+        "iteration": stats.rounds,
+        "bucket_sizes": ", ".join(
+            str(bucket.numel * bucket.dtype.itemsize) for bucket in replica.plan().buckets
+        ),
+        "total_parameter_size_bytes": sum(p.nbytes for p in module.parameters()),
+        "can_set_static_graph": True,
+    }
