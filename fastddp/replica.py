@@ -236,7 +236,13 @@ class Replica:
                 "fastddp: the process group of this model was destroyed before its forward; call"
                 " destroy_process_group() after the last one, or run model.module instead"
             )
-        self.buffers.broadcast(buffers, group, root)
+        try:
+            self.buffers.broadcast(buffers, group, root)
+        except RuntimeError as error:
+            raise torch.distributed.DistBackendError(
+                f"fastddp: rank {group.rank()}: the broadcast of {len(buffers)} buffers"
+                f" ('{next(iter(buffers))}' ...) before forward failed: {error}"
+            ) from error
 
     def _run_buffer_hook(self, hook: BufferHook, buffers: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():

@@ -62,7 +62,9 @@ struct GradientHook final : torch::autograd::FunctionPostHook {
 
   torch::autograd::variable_list operator()(
       const torch::autograd::variable_list& outputs,
-      const torch::autograd::variable_list& /*inputs*/) override {
+      const torch::autograd::variable_list& gradients) override {
+    // A node runs without a gradient too, when a custom backward returns none.
+    if (!gradients.front().defined()) return outputs;
     if (const auto alive = reducer.lock()) alive->on_gradient(index);
     return outputs;
   }
@@ -210,7 +212,7 @@ void Reducer::on_gradient(std::size_t param) {
   const c10::NoGradGuard no_grad;
   if (!round_) {
     if (!sync_) {
-      params_[param].accumulated = true;
+      params_[param].accumulated = params_[param].variable.grad().getIntrusivePtr();
       return;
     }
     begin_round(false);
@@ -264,7 +266,13 @@ void Reducer::shadow() {
 
 void Reducer::begin_round(bool is_shadow) {
   if (agreement_) {
-    agreement_->work->wait();
+    try {
+      agreement_->work->wait();
+    } catch (const std::exception& error) {
+      TORCH_CHECK_WITH(
+          DistBackendError, false, "fastddp: rank ", rank_,
+          ": the broadcast of the order in which gradients arrive failed: ", error.what());
+    }
     const at::Tensor order = agreement_->order.front().cpu();
     const auto* begin = order.const_data_ptr<std::int64_t>();
     agreement_.reset();
@@ -343,8 +351,9 @@ void Reducer::take(std::size_t index) {
   if (++taken == param.expected) round_->tracker.mark(param.bucket);
   grad.reset();
   // The first round launches nothing before its end: how many gradients a parameter gets in one
-  // backward (re-entrant checkpoints that share it bring several) is only known then.
-  if (!order_is_learned_) return;
+  // backward (re-entrant checkpoints that share it bring several) is only known then. When to
+  // launch is this rank's own decision, so it is made by what this rank has seen.
+  if (!counts_are_learned_) return;
   for (auto bucket = round_->tracker.pop_full(); bucket != ReadyTracker::kNone;
        bucket = round_->tracker.pop_full()) {
     launch(bucket);
@@ -402,20 +411,26 @@ void Reducer::add_bystander(std::size_t index) {
   Param& param = params_[index];
   at::Tensor grad = std::move(param.variable.mutable_grad());
   at::Tensor old = grad;
+  const bool accumulated = is_accumulated(param, grad);
   if (index >= num_dense()) {
     param.slot = grad.defined() ? scale_sparse(grad, scale()) : empty_sparse(param.variable);
   } else if (grad.defined()) {
     // The reduction overwrites the slot. If no rank has a new gradient the old must come back bit
     // for bit.
-    if (!param.accumulated && grad.is_alias_of(param.slot)) old = grad.clone();
+    if (!accumulated && grad.is_alias_of(param.slot)) old = grad.clone();
     write(param.dtype, param.slot, grad, scale());
   } else {
     param.slot.zero_();
   }
   // What unsynchronised backwards left counts as this one's.
-  if (grad.defined() && param.accumulated) return;
+  if (accumulated) return;
   param.flag.zero_();
   round_->bystanders.push_back({index, std::move(old)});
+}
+
+bool Reducer::is_accumulated(const Param& param, const at::Tensor& grad) {
+  const auto left = param.accumulated.lock();
+  return left.defined() && left.get() == grad.unsafeGetTensorImpl();
 }
 
 Wait Reducer::start_all_reduce(at::Tensor tensor) const {
@@ -475,10 +490,11 @@ void Reducer::wait_for(std::size_t launch) {
 void Reducer::hand_out() {
   for (std::size_t i = 0; i < params_.size(); ++i) {
     Param& param = params_[i];
-    param.accumulated = false;
+    param.accumulated.reset();
     param.expected = std::max(param.expected, round_->taken[i]);
     param.variable.mutable_grad() = param.slot;
   }
+  counts_are_learned_ = true;
   for (Bystander& bystander : round_->bystanders) {
     Param& param = params_[bystander.param];
     // Reading a flag from a device waits for it, which only a rank without a gradient for this

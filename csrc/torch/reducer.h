@@ -124,9 +124,12 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
     // Where its reduced gradient lies, shaped and strided like the parameter. A sparse gradient has
     // no place in a bucket: then this is what the round makes of it.
     at::Tensor slot;
-    at::Tensor flag;           // one element: whether any rank had a gradient
-    bool accumulated = false;  // holds local gradients of backwards that were not synchronised
-    int expected = 1;          // gradients per round: the most that there have been
+    at::Tensor flag;  // one element: whether any rank had a gradient
+    // The gradient that backwards which were not synchronised have left, so long as nobody replaces
+    // or drops it.
+    c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> accumulated{
+        c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>()};
+    int expected = 1;  // gradients per round: the most that there have been
   };
 
   struct Bucket {
@@ -173,6 +176,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void flush();
   void fill_in(std::size_t param);
   void add_bystander(std::size_t param);
+  static bool is_accumulated(const Param& param, const at::Tensor& grad);
   Wait start_all_reduce(at::Tensor tensor) const;
   Wait start_hook(std::size_t index,
                   const at::Tensor& buffer,
@@ -210,6 +214,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   at::Tensor loose_flags_;  // those that travel in no bucket; undefined if there are none
   std::optional<Agreement> agreement_;
   bool order_is_learned_ = false;
+  bool counts_are_learned_ = false;  // a round has ended well on this rank
   Stats stats_;
   std::vector<std::string> unused_;
   std::unique_ptr<Round> round_;  // null between rounds

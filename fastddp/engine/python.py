@@ -28,6 +28,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.autograd.graph import Node, get_gradient_edge
@@ -150,10 +151,13 @@ class PythonReducer:
         self._replan(list(reversed(range(self._num_dense))))
 
         self._places: dict[int, _Place] = {}
-        self._accumulated: set[int] = set()  # hold gradients of unsynchronised backwards
+        # By parameter, the gradient that unsynchronised backwards have left, so long as nobody
+        # replaces or drops it.
+        self._accumulated: dict[int, tuple[int, Any]] = {}
         self._expected = [1] * len(self._params)  # gradients per round: the most there have been
         self._agreement: tuple[torch.Tensor, Work] | None = None
         self._order_is_learned = False
+        self._counts_are_learned = False  # a round has ended well on this rank
         self._stats = RoundStats()
         self._unused: list[str] = []
         self._round: _Round | None = None
@@ -212,7 +216,7 @@ class PythonReducer:
 
     @torch.no_grad()
     def _on_backward(self) -> None:
-        if self._round is not None or not self.sync or not _accumulates():
+        if self._round is not None or not self.sync or not self._accumulates():
             return
         if any(param.requires_grad for param in self._params):
             self._round = self._begin_round()
@@ -222,7 +226,10 @@ class PythonReducer:
     def _on_gradient(self, index: int) -> None:
         if self._round is None:
             if not self.sync:
-                self._accumulated.add(index)
+                grad = self._params[index].grad
+                assert grad is not None
+                left = torch._C._WeakTensorRef(grad)  # type: ignore[attr-defined]
+                self._accumulated[index] = grad._cdata, left
                 return
             self._round = self._begin_round()
             self._queue_end()
@@ -262,6 +269,29 @@ class PythonReducer:
             self._flush(current)
         self._installed = False  # collectives still write to the buckets; the next gets its own
 
+    def _accumulates(self) -> bool:
+        """Returns whether the current backward is one that fills ``.grad``.
+
+        ``autograd.grad()`` and ``backward(inputs=...)`` are not, and need not involve the other
+        ranks. They pass by the leaves that they were not asked for; so one of our parameters below
+        tells. Where there is none, all leaves must be filled.
+        """
+        ours = set(self._nodes)
+        todo: list[Node | None] = [torch._C._current_autograd_node()]
+        seen: set[Node | None] = {None}
+        others: list[Node] = []
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in ours:
+                return _will_run(node)
+            if hasattr(node, "variable"):
+                others.append(node)
+            todo += [below for below, _ in node.next_functions]
+        return all(_will_run(node) for node in others)
+
     # ---- one round -------------------------------------------------------------------------------
 
     @property
@@ -271,7 +301,13 @@ class PythonReducer:
     def _begin_round(self, is_shadow: bool = False) -> _Round:
         if self._agreement is not None:
             order, work = self._agreement
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise torch.distributed.DistBackendError(
+                    f"fastddp: rank {self._rank}: the broadcast of the order in which gradients"
+                    f" arrive failed: {error}"
+                ) from error
             self._agreement = None
             self._replan(order.tolist())
         if not self._installed:
@@ -346,8 +382,9 @@ class PythonReducer:
             current.missing[place.bucket] -= 1
         param.grad = None
         # The first round launches nothing before its end: how many gradients a parameter gets in
-        # one backward (re-entrant checkpoints that share it bring several) is only known then.
-        if not self._order_is_learned:
+        # one backward (re-entrant checkpoints that share it bring several) is only known then. When
+        # to launch is this rank's own decision, so it is made by what this rank has seen.
+        if not self._counts_are_learned:
             return
         while (
             current.next_bucket < len(current.missing) and current.missing[current.next_bucket] == 0
@@ -417,7 +454,7 @@ class PythonReducer:
         param, place = self._params[index], self._places[index]
         grad, param.grad = param.grad, None
         old = grad
-        accumulated = index in self._accumulated
+        accumulated = self._is_accumulated(index, grad)
         if index >= self._num_dense:
             place.slot = _empty_sparse(param) if grad is None else _scale_sparse(grad, self._scale)
         elif grad is None:
@@ -428,10 +465,16 @@ class PythonReducer:
             if not accumulated and _shares_storage(grad, place.slot):
                 old = grad.clone()
             _write(place.slot, grad, self._scale)
-        if grad is not None and accumulated:
+        if accumulated:
             return  # what unsynchronised backwards left is this one's too
         place.flag.zero_()
         current.bystanders.append(_Bystander(index, old))
+
+    def _is_accumulated(self, index: int, grad: torch.Tensor | None) -> bool:
+        address, left = self._accumulated.get(index, (0, None))
+        if grad is None or left is None:
+            return False
+        return not left.expired() and grad._cdata == address
 
     def _flush(self, current: _Round) -> None:
         while current.next_bucket < len(current.missing):
@@ -470,6 +513,7 @@ class PythonReducer:
         for index, param in enumerate(self._params):
             self._expected[index] = max(self._expected[index], current.taken[index])
             param.grad = self._places[index].slot
+        self._counts_are_learned = True
         for bystander in current.bystanders:
             # Reading a flag from a device waits for it, which only a rank without a gradient does.
             if self._places[bystander.param].flag.item():
@@ -547,24 +591,17 @@ def _backward_hook(reducer: weakref.ref[PythonReducer]) -> Callable[[torch.Tenso
     return hook
 
 
-def _accumulates() -> bool:
-    """Returns whether the current backward is one that fills ``.grad``.
-
-    ``autograd.grad()`` and ``backward(inputs=...)`` are not, and need not involve the other ranks.
-    They pass by every leaf that they were not asked for; so one leaf below tells.
-    """
-    node: Node | None = torch._C._current_autograd_node()
-    while node is not None and not hasattr(node, "variable"):  # until it is a leaf's
-        node = next((below for below, _ in node.next_functions if below is not None), None)
+def _will_run(leaf: Node) -> bool:
     try:
-        return node is None or torch._C._will_engine_execute_node(node)
+        return torch._C._will_engine_execute_node(leaf)
     except RuntimeError:  # autograd.grad() was asked for this very leaf
         return False
 
 
 def _gradient_hook(reducer: weakref.ref[PythonReducer], index: int) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        alive = reducer()
+    def hook(_: object, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        # A node runs without a gradient too, when a custom backward returns none.
+        alive = reducer() if gradients[0] is not None else None
         if alive is not None:
             alive._on_gradient(index)
 

@@ -629,14 +629,6 @@ def a_second_gradient_that_there_never_was_before(rank: int, world_size: int, en
         loss_of(ours(x.requires_grad_())).backward()
 
 
-@scenario
-def a_sparse_gradient_is_refused_by_name(rank: int, world_size: int, engine: str) -> None:
-    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
-    ours = wrap_small(model, engine)
-    with pytest.raises(NotImplementedError, match=r"'0\.weight'.*sparse=False"):
-        loss_of(ours(torch.tensor([1, rank]))).backward()
-
-
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str, world_size: int, engine: str) -> None:
