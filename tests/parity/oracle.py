@@ -190,7 +190,7 @@ class Oracle:
         others: set[int] = set()
         for chosen in operation.by_rank[rank]:
             for term in (self._program.terms[index] for index in chosen):
-                reached = {term.param, term.other}
+                reached = {i for i in term.reached if self._plain.param(i).requires_grad}
                 if term.checkpointing == "reentrant" and operation.how in REENTRANT:
                     arrivals.update(reached)
                 else:

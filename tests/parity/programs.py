@@ -57,6 +57,13 @@ class Term:
     other: int
     checkpointing: Checkpointing = "no"
 
+    @property
+    def reached(self) -> set[int]:
+        """The parameters that get a gradient."""
+        if self.use == "none":
+            return set()
+        return {self.param, self.other} if self.use in ("add", "product") else {self.param}
+
 
 class Stop(Exception):
     """Raised in the midst of a backward."""
