@@ -37,18 +37,6 @@ def _inputs_on_one_rank(rank: int, world_size: int, engine: str) -> None:
     assert ours.module.weight.grad.tolist() == [(world_size - 1) / 2] * 3
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        "native",
-        pytest.param(
-            "python",
-            marks=pytest.mark.xfail(
-                reason="asks only one leaf of the graph whether backward accumulates into it"
-            ),
-        ),
-    ],
-)
 def test_backward_to_the_input_on_one_rank_alone(engine: str) -> None:
     run_ranks(_inputs_on_one_rank, 2, engine, timeout=10.0)
 
@@ -76,7 +64,6 @@ def _undefined_gradient(rank: int, world_size: int, engine: str) -> None:
         assert ours.module.b.grad.unique().tolist() == [2 * mean_x(step, world_size)]
 
 
-@pytest.mark.xfail(reason="what a hook finds in .grad counts as a new gradient")
 def test_an_undefined_gradient_is_no_use_of_the_parameter(engine: str) -> None:
     run_ranks(_undefined_gradient, 2, engine)
 
@@ -93,7 +80,6 @@ def _thrown_away(rank: int, world_size: int, engine: str) -> None:
         assert bits(ours.module.d.grad) == kept, step
 
 
-@pytest.mark.xfail(reason="zero_grad() does not take back that no_sync has left a gradient")
 def test_what_no_sync_left_and_zero_grad_threw_away_is_no_use_of_the_parameter(
     engine: str,
 ) -> None:
@@ -138,6 +124,5 @@ def _stopped_at_first(rank: int, world_size: int, engine: str) -> None:
             assert ours.module.layer.weight.grad.item() == world_size + 1
 
 
-@pytest.mark.xfail(reason="the number of gradients is learned only from a round that ended well")
 def test_shared_checkpoints_after_a_first_backward_that_raised(engine: str) -> None:
     run_ranks(_stopped_at_first, 2, engine)
