@@ -111,10 +111,10 @@ class DataParallel(nn.DataParallel[nn.Module]):
         if len(self.device_ids) == 1:
             return self.module(*pieces[0], **piece_kwargs[0])
         devices = self.device_ids[: len(pieces)]
-        versions = self._versions_of_shared(devices)
         replicas = self.replicate(self.module, devices)
+        shared = self._shared(devices)
         outputs = self.parallel_apply(replicas, pieces, piece_kwargs)
-        self._check_unwritten(versions)
+        self._check_unwritten(shared)
         return self.gather(outputs, self.output_device)
 
     # ---- the four parts, by torch's names, for subclasses that replace one -----------------------
@@ -162,6 +162,12 @@ class DataParallel(nn.DataParallel[nn.Module]):
         """Makes the next forward copy all parameters to the other devices, changed or not."""
         self._replicator.forget()
 
+    def _apply(self, *args: Any, **kwargs: Any) -> DataParallel:
+        """Converts the module (`.to()` and the like); what is kept would hold its old memory."""
+        self.forget_replicas()
+        nn.Module._apply(self, *args, **kwargs)
+        return self
+
     def _check_place(self) -> None:
         source = self.src_device_obj
         for tensor in (*self.module.parameters(), *self.module.buffers()):
@@ -171,20 +177,18 @@ class DataParallel(nn.DataParallel[nn.Module]):
                     f" {source} (device_ids[0]) but found one of them on device: {tensor.device}"
                 )
 
-    def _versions_of_shared(self, devices: Sequence[torch.device]) -> dict[str, int]:
-        """Returns the versions of the parameters whose memory several replicas have."""
+    def _shared(self, devices: Sequence[torch.device]) -> list[tuple[str, nn.Parameter, int]]:
+        """Lists the parameters whose memory several replicas have, with their versions."""
         if devices.count(devices[0]) < 2:
-            return {}
-        return {
-            name: param._version
-            for name, param in self.module.named_parameters()
-            if not param.is_inference()
-        }
+            return []
+        named = self.module.named_parameters()
+        return [(name, param, param._version) for name, param in named if not param.is_inference()]
 
-    def _check_unwritten(self, versions: dict[str, int]) -> None:
+    def _check_unwritten(self, shared: Sequence[tuple[str, nn.Parameter, int]]) -> None:
         """Refuses a forward that wrote to parameters, since other replicas were reading them."""
-        for name, version in versions.items():
-            if self.module.get_parameter(name)._version != version:
+        for name, param, version in shared:
+            if param._version != version:
+                self.forget_replicas()  # theirs may have been made part of a graph
                 raise RuntimeError(
                     f"fastddp.DataParallel: the forward wrote to the parameter {name}, whose memory"
                     f" the replicas on {self.src_device_obj} share; use different devices, or write"

@@ -81,6 +81,7 @@ class _StandIns(NamedTuple):
     params: tuple[Tensor, ...]  # held, so that no other tensor can have the same id
     keys: list[object]
     devices: tuple[torch.device, ...]
+    nodes: list[object]  # of the graph, one for each parameter; None without a gradient
     tensors: list[list[Tensor]]
 
     @classmethod
@@ -98,12 +99,27 @@ class _StandIns(NamedTuple):
                 for param, own in zip(params, zip(*copies, strict=True), strict=True)
             ]
         tensors = [[fan[index] for fan in by_param] for index in range(len(devices))]
-        return cls(tuple(params), keys, tuple(devices), tensors)
+        nodes: list[object] = [fan[0].grad_fn for fan in by_param]
+        return cls(tuple(params), keys, tuple(devices), nodes, tensors)
 
     def serve(self, params: Sequence[Tensor], devices: Sequence[torch.device]) -> bool:
         """Returns whether these are up to date, for at least these devices."""
-        return self.devices[: len(devices)] == tuple(devices) and self.keys == _keys(
-            params, self.devices
+        return (
+            self.devices[: len(devices)] == tuple(devices)
+            and self.keys == _keys(params, self.devices)
+            and self._untouched()
+        )
+
+    def _untouched(self) -> bool:
+        """Returns whether no forward wrote to these.
+
+        A write under autograd has put that step's graph between them and the parameter, and one to
+        a copy is to be lost.
+        """
+        return all(
+            tensor.grad_fn is node and (device == self.devices[0] or tensor._version == 0)
+            for device, tensors in zip(self.devices, self.tensors, strict=True)
+            for tensor, node in zip(tensors, self.nodes, strict=True)
         )
 
 
@@ -178,14 +194,27 @@ def fused_copies(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor
 
 
 def _shell(module: nn.Module) -> nn.Module:
-    """Returns a shallow copy, by the method with which modules take part in torch's class."""
+    """Returns a shallow copy, as torch's class makes it."""
     if module.__dict__.get("_compiled_call_impl") or "_orig_mod" in module._modules:
         raise NotImplementedError(
             f"fastddp.DataParallel: {type(module).__name__} is compiled, and compiled code cannot"
             " be given to a replica; wrap the module before compile()"
         )
-    shell: nn.Module = module._replicate_for_data_parallel()
+    kind = type(module)
+    if not (
+        _is_plain(kind)
+        and kind._replicate_for_data_parallel is nn.Module._replicate_for_data_parallel
+    ):
+        special: nn.Module = module._replicate_for_data_parallel()
+        return special
+    shell = kind.__new__(kind)  # the same, without nn.Module's slow assignment
+    object.__setattr__(shell, "__dict__", {**module.__dict__, "_is_replica": True})
     return shell
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Returns whether assigning to a module of this type does nothing but that."""
+    return kind.__setattr__ is nn.Module.__setattr__
 
 
 def _fill(
@@ -199,7 +228,7 @@ def _fill(
     buffers = {k: None if b is None else stand_in[id(b)] for k, b in module._buffers.items()}
     params = {k: None if p is None else stand_in[id(p)] for k, p in module._parameters.items()}
     own = shell.__dict__
-    if type(module).__setattr__ is not nn.Module.__setattr__:
+    if not _is_plain(type(module)):
         # RNNs and script modules want to be told: they keep references elsewhere.
         for name, value in (*children.items(), *buffers.items(), *params.items()):
             if value is not None:
