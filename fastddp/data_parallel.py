@@ -188,7 +188,6 @@ class DataParallel(nn.DataParallel[nn.Module]):
         """Refuses a forward that wrote to parameters, since other replicas were reading them."""
         for name, param, version in shared:
             if param._version != version:
-                self.forget_replicas()  # theirs may have been made part of a graph
                 raise RuntimeError(
                     f"fastddp.DataParallel: the forward wrote to the parameter {name}, whose memory"
                     f" the replicas on {self.src_device_obj} share; use different devices, or write"

@@ -151,7 +151,8 @@ class _Fan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, param: Tensor, copies: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)  # an unused parameter's gradient stays None
+        # A replica that did not use it adds nothing, where a zero would make a sparse sum dense.
+        ctx.set_materialize_grads(False)
         ctx.device = param.device
         # Detached, not views: a view's place in the graph is lost when its base is written to,
         # as the optimizer does. The version counter is shared, so that autograd still sees it.

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -207,14 +208,18 @@ def test_hooks_of_parameters_see_the_sum_once() -> None:
     assert seen == after == [21.0]
 
 
-def test_sparse_gradients() -> None:
+@pytest.mark.parametrize("used_from", [0, 2], ids=["by both", "by the second"])
+def test_sparse_gradients(used_from: int) -> None:
     plain = nn.Embedding(10, 3, sparse=True)
-    model = fastddp.DataParallel(copy.deepcopy(plain), TWO)
-    rows = torch.tensor([1, 2, 2, 9])
-    for m in (plain, model):
-        m(rows).sum().backward()
-    assert model.module.weight.grad.is_sparse
-    assert torch.equal(model.module.weight.grad.to_dense(), plain.weight.grad.to_dense())
+    model = spread(
+        lambda module, x: module.net(x) if x[0] >= used_from else torch.zeros(len(x), 3),
+        net=copy.deepcopy(plain),
+    )
+    rows = torch.tensor([1, 1, 2, 9])
+    model(rows).sum().backward()
+    plain(rows[used_from:]).sum().backward()
+    assert model.module.net.weight.grad.is_sparse
+    assert torch.equal(model.module.net.weight.grad.to_dense(), plain.weight.grad.to_dense())
 
 
 # --- replicas -------------------------------------------------------------------------------------
@@ -341,9 +346,10 @@ def test_a_sliced_parameter_is_seen_though_its_memory_begins_where_it_did() -> N
     assert torch.equal(model(x), full[:, :3])
 
 
-def test_requires_grad_may_be_switched_both_ways() -> None:
+@pytest.mark.parametrize("flags", [(True, False, True), (False, True)])
+def test_requires_grad_may_be_switched_both_ways(flags: tuple[bool, ...]) -> None:
     model = fastddp.DataParallel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), TWO)
-    for flag in (True, False, True):
+    for flag in flags:
         model.module[0].requires_grad_(flag)
         model.zero_grad()
         model(torch.ones(4, 2)).sum().backward()
@@ -422,6 +428,44 @@ def test_modules_with_ways_of_their_own(
             torch.testing.assert_close(got.grad, want.grad)
 
 
+def test_references_that_modules_keep_elsewhere_are_the_replicas() -> None:
+    model = fastddp.DataParallel(nn.LSTM(3, 4), TWO)
+    for replica in model.replicate(model.module, model.device_ids):
+        own = list(replica.parameters())
+        assert len(own) == 4
+        assert all(a is b for a, b in zip(replica._flat_weights, own, strict=True))
+
+
+def test_submodules_of_a_module_with_its_own_assignment_stay_its_own() -> None:
+    class Particular(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Scale()
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model = fastddp.DataParallel(Particular(), TWO)
+    inner = model.module.inner
+    model(torch.arange(4.0)).sum().backward()
+    assert model.module.inner is inner
+    assert inner.seen.item() == 1
+    assert inner.weight.grad.item() == 6
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_script_modules() -> None:
+    plain = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model = fastddp.DataParallel(torch.jit.script(plain), TWO)
+    model(torch.randn(4, 3)).square().sum().backward()
+    model(torch.randn(4, 3))
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.module[1].num_batches_tracked.item() == 2
+
+
 def test_a_forward_that_writes_to_shared_parameters_is_refused() -> None:
     model = fastddp.DataParallel(nn.Sequential(nn.Embedding(4, 2, max_norm=0.1)), TWO)
     with pytest.raises(RuntimeError, match=r"wrote to the parameter 0\.weight.*max_norm"):
@@ -481,8 +525,11 @@ def test_copies_are_made_anew_only_when_a_parameter_changed() -> None:
         return replicator.replicate(module, [CPU, torch.device("meta")])[1].weight
 
     module, replicator = nn.Linear(3, 2), Replicator()
-    kept = on_second(module)
+    with torch.inference_mode():
+        kept = on_second(module)
     assert kept.device.type == "meta"
+    assert kept.requires_grad
+    assert not kept.is_inference(), "it serves later training steps too"
     with torch.no_grad():
         assert on_second(module) is kept
         module.weight.add_(1)
@@ -874,24 +921,28 @@ def test_the_first_replicas_exception_is_raised_once_all_have_ended() -> None:
     assert sorted(ended) == [0, 1, 2, 3]
 
 
-def test_an_exception_keeps_no_activations_alive() -> None:
-    alive: list[Any] = []
-
+def test_an_exception_keeps_nothing_alive() -> None:
     class Watched:
         pass
 
-    def forward(module: Call, x: Tensor) -> Tensor:
-        import weakref
+    alive: list[Any] = []
 
+    def forward(module: Call, x: Tensor) -> Any:
         activation = Watched()
         alive.append(weakref.ref(activation))
-        raise ValueError("no luck")
+        if x[0] > 0:
+            raise ValueError("no luck")
+        return activation
 
+    model = spread(forward)
     gc.collect()
     gc.disable()
     try:
-        with pytest.raises(ValueError, match="no luck"):
-            spread(forward)(torch.arange(2))
+        try:
+            model(torch.arange(2))
+        except ValueError:
+            failed = True
+        assert failed
         assert [ref() for ref in alive] == [None, None]
     finally:
         gc.enable()
@@ -1018,6 +1069,18 @@ def test_without_devices_or_with_one_the_module_is_called_as_it_is() -> None:
         assert model.device_ids == []
         assert model(x) is x
     assert all(call == (inner, threading.get_ident()) for call in calls)
+
+
+def test_conversions_that_swap_tensors_need_nobody_to_hold_them() -> None:
+    model = fastddp.DataParallel(Scale(), TWO)
+    model(torch.ones(4)).sum().backward()
+    model.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model(torch.ones(4)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
