@@ -162,12 +162,6 @@ class DataParallel(nn.DataParallel[nn.Module]):
         """Makes the next forward copy all parameters to the other devices, changed or not."""
         self._replicator.forget()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> DataParallel:
-        """Converts the module (`.to()` and the like); what is kept would hold its old memory."""
-        self.forget_replicas()
-        nn.Module._apply(self, *args, **kwargs)
-        return self
-
     def _check_place(self) -> None:
         source = self.src_device_obj
         for tensor in (*self.module.parameters(), *self.module.buffers()):

@@ -1071,16 +1071,17 @@ def test_without_devices_or_with_one_the_module_is_called_as_it_is() -> None:
     assert all(call == (inner, threading.get_ident()) for call in calls)
 
 
-def test_conversions_that_swap_tensors_need_nobody_to_hold_them() -> None:
+def test_conversions_may_swap_tensors() -> None:
     model = fastddp.DataParallel(Scale(), TWO)
     model(torch.ones(4)).sum().backward()
-    model.zero_grad()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model.double()
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
-    assert model(torch.ones(4)).dtype == torch.float64
+    model(torch.ones(4, dtype=torch.float64)).sum().backward()
+    assert model.module.weight.grad.dtype == torch.float64
+    assert model.module.weight.grad.item() == 8
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
