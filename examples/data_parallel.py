@@ -4,8 +4,9 @@
     python examples/data_parallel.py --replicas 4   # four replicas on the CPU
 
 There is nothing to launch and no rank: the script is that of one device, with one line more. Each
-batch is split over the replicas, which run side by side in threads and share the parameters.
-Several processes are faster (`train_digits.py`); this is the shortest way to use what is there.
+batch is split over the replicas, which run side by side in threads. On the CPU they share the
+parameters' memory, and only their forwards are side by side: autograd runs a backward on the CPU in
+one thread. `train_digits.py` trains on the same images with several processes.
 """
 
 import argparse
