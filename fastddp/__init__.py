@@ -9,6 +9,7 @@ Example::
 
 from fastddp.ddp import DistributedDataParallel
 from fastddp.errors import MismatchError
+from fastddp.gather import gather_unpadded
 from fastddp.info import info
 from fastddp.sampler import DistributedSampler
 from fastddp.version import __version__
@@ -19,6 +20,7 @@ __all__ = [
     "DistributedSampler",
     "MismatchError",
     "__version__",
+    "gather_unpadded",
     "info",
     "wrap",
 ]

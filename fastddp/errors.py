@@ -4,4 +4,7 @@ from __future__ import annotations
 
 
 class MismatchError(RuntimeError):
-    """The ranks of a group do not wrap the same model, or one of them could not wrap its own."""
+    """The ranks of a group do not do the same thing, or one of them could not do its part.
+
+    They wrap models, or gather tensors, that do not fit together. Raised on all of them.
+    """
