@@ -8,10 +8,11 @@ Example::
 """
 
 from fastddp.ddp import DistributedDataParallel
-from fastddp.errors import MismatchError
+from fastddp.errors import MismatchError, RankError
 from fastddp.gather import gather_unpadded
 from fastddp.info import info
 from fastddp.sampler import DistributedSampler
+from fastddp.spawn import spawn
 from fastddp.version import __version__
 from fastddp.wrap import wrap
 
@@ -19,8 +20,10 @@ __all__ = [
     "DistributedDataParallel",
     "DistributedSampler",
     "MismatchError",
+    "RankError",
     "__version__",
     "gather_unpadded",
     "info",
+    "spawn",
     "wrap",
 ]
