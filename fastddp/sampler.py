@@ -97,7 +97,8 @@ class DistributedSampler(torch.utils.data.DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         self._passes += 1
-        if self.shuffle and self._passes == 2 and not self._epoch_was_set:
+        forgotten = not self._epoch_was_set and self.epoch == 0  # some set the attribute
+        if self.shuffle and self._passes == 2 and forgotten:
             self._warn(
                 "a second pass begins in the order of the first one; call"
                 " sampler.set_epoch(epoch) before each epoch for another order"

@@ -46,7 +46,8 @@ _REAP_S = 10.0
 # What transports say when the other side is gone. Errors with this in the traceback follow from
 # another rank's.
 _LOST_PEER = re.compile(
-    "connection (was )?(closed|reset|refused)|broken pipe|remote process exited|timed out waiting",
+    "connection (was )?(closed|reset|refused)|broken pipe|remote process exited|timed out waiting"
+    "|watchdog caught",
     re.IGNORECASE,
 )
 
@@ -89,8 +90,9 @@ def spawn(
         TypeError: if ``fn`` or ``args`` cannot be pickled.
         ValueError: if ``nprocs`` is less than 1, or more than there are GPUs; if ``timeout_s`` is
             not positive.
-        Exception: the one that a rank's ``fn`` raised, with "rank 1 of 2: " before its message and
-            a :class:`fastddp.RankError` as its cause, which shows the rank's traceback.
+        Exception: the one that a rank's ``fn`` raised, with "rank 1 of 2: " before its message
+            where that is a plain text, and a :class:`fastddp.RankError` as its cause, which shows
+            the rank's traceback.
         RankError: if a rank was killed, exited, or raised what cannot be pickled.
 
     Example::
@@ -272,8 +274,8 @@ def _raise(first: _Rank, ranks: Sequence[_Rank]) -> NoReturn:
     error = _unpickle_error(report)
     if error is None:
         raise cause
-    if type(error).__str__ is BaseException.__str__ and len(error.args) == 1:
-        error.args = (f"{name}: {error}",)
+    if type(error).__str__ is BaseException.__str__ and len(error.args) <= 1:
+        error.args = (": ".join([name, *map(str, error.args)]),)
     raise error from cause
 
 

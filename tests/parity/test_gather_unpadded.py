@@ -18,7 +18,10 @@ LENGTHS = {  # rows by rank
     2: [[3, 3], [0, 2], [5, 1], [0, 0]],
     3: [[2, 2, 2], [0, 4, 1], [1, 0, 0], [2, 3, 0]],
 }
-ROWS = [(), (2,), (2, 0), (1, 3)]
+FORMS = [
+    *(((2,), dtype) for dtype in DTYPES),
+    *((row, torch.float32) for row in ((), (2, 0), (1, 3))),
+]
 
 
 def share(rank: int, length: int, row: tuple[int, ...]) -> torch.Tensor:
@@ -36,24 +39,20 @@ def equal(a: torch.Tensor | None, b: torch.Tensor) -> bool:
 def _all_forms(rank: int, world_size: int) -> int:
     num_checked = 0
     for lengths in LENGTHS[world_size]:
-        for row in ROWS:
-            for dtype in DTYPES:
-                integers = [share(r, lengths[r], row) for r in range(world_size)]
-                by_rank = [t.to(dtype) for t in integers]
-                whole = torch.cat(integers).to(dtype)
-                gathered = fastddp.gather_unpadded(by_rank[rank])
-                assert equal(gathered, whole), (lengths, row, dtype)
-                dst = num_checked % world_size
-                gathered = fastddp.gather_unpadded(by_rank[rank], dst=dst)
-                assert equal(gathered, whole) if rank == dst else gathered is None
-                num_checked += 1
+        for row, dtype in FORMS:
+            integers = [share(r, lengths[r], row) for r in range(world_size)]
+            mine, whole = integers[rank].to(dtype), torch.cat(integers).to(dtype)
+            assert equal(fastddp.gather_unpadded(mine), whole), (lengths, row, dtype)
+            dst = num_checked % world_size
+            gathered = fastddp.gather_unpadded(mine, dst=dst)
+            assert equal(gathered, whole) if rank == dst else gathered is None
+            num_checked += 1
     return num_checked
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_lengths_rows_and_dtypes(world_size):
-    expected = 4 * len(ROWS) * len(DTYPES)
-    assert run_ranks(_all_forms, world_size) == [expected] * world_size
+    assert run_ranks(_all_forms, world_size) == [4 * len(FORMS)] * world_size
 
 
 def _odd_tensors(rank: int, world_size: int) -> None:

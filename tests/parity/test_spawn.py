@@ -50,11 +50,14 @@ def fast_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def children() -> set[str]:
     """What this process started, but for Python's own helpers of multiprocessing."""
-    listed = subprocess.run(
-        ["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True
-    ).stdout.splitlines()
-    helpers = ("resource_tracker", "forkserver", "ps --ppid")
-    return {line for line in listed if not any(helper in line for helper in helpers)}
+    commands = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid():
+                commands.add((folder / "cmdline").read_text().replace("\0", " "))
+    helpers = ("resource_tracker", "forkserver")
+    return {line for line in commands if not any(helper in line for helper in helpers)}
 
 
 def open_sockets() -> set[str]:
@@ -168,6 +171,8 @@ def _fail(rank: int, how: str) -> None:
         finally:
             dist.destroy_process_group()
             time.sleep(0.2)  # the others lose their connections before this rank reports
+    if how == "assert":
+        raise AssertionError
     if how == "unpicklable":
         raise UnpicklableError(1, 2)
     if how == "SIGKILL":
@@ -184,6 +189,7 @@ def _fail(rank: int, how: str) -> None:
     [
         ("raise", FileNotFoundError, "No such file", "rank 1 of 3 raised FileNotFoundError"),
         ("raise and clean up", ValueError, "rank 1 of 3: bad batch", "rank 1 of 3 raised Value"),
+        ("assert", AssertionError, "^rank 1 of 3$", "rank 1 of 3 raised AssertionError"),
         ("unpicklable", fastddp.RankError, "raised UnpicklableError", "1 and 2"),
         ("SIGKILL", fastddp.RankError, "rank 1 of 3 was killed by SIGKILL", ""),
         ("sys.exit", fastddp.RankError, r"rank 1 of 3 called sys.exit\(7\)", "sys.exit"),
