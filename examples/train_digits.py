@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastddp
 
@@ -45,30 +45,28 @@ def make_model() -> nn.Module:
 
 
 @torch.no_grad()
-def accuracy_over_ranks(model: nn.Module, test: TensorDataset, rank: int, world: int) -> float:
+def accuracy_over_ranks(model: nn.Module, test: TensorDataset) -> float:
     """Returns the share of test images classified correctly, over all ranks.
 
-    Each rank takes every world-th image, unpadded: a DistributedSampler would repeat some images
-    so that all shares are equal. The forward pass goes through the wrapped model, once on every
-    rank, so that all ranks use the BatchNorm statistics of rank 0.
+    The shares are unpadded: torch's sampler would repeat some images so that all are equal. The
+    forward pass goes through the wrapped model, once on every rank, so that all ranks use the
+    BatchNorm statistics of rank 0.
     """
-    images, labels = test[rank::world]
+    sampler = fastddp.DistributedSampler(test, shuffle=False, pad="none")
+    images, labels = test[list(sampler)]
     model.eval()
-    correct: Tensor = (model(images).argmax(1) == labels).sum()
+    correct = fastddp.gather_unpadded(model(images).argmax(1) == labels)
     model.train()
-    if dist.is_initialized():
-        dist.all_reduce(correct)
-    return correct.item() / len(test)
+    return correct.float().mean().item()
 
 
 def run(epochs: int) -> None:
     torch.manual_seed(0)
     model = fastddp.wrap(make_model())  # on this rank's GPU, if it has one
     train, test = load_data(next(model.parameters()).device)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    sampler = DistributedSampler(train, num_replicas=world, rank=rank)
-    loader = DataLoader(train, batch_size=64 // world, sampler=sampler)
+    sampler = fastddp.DistributedSampler(train)
+    loader = DataLoader(train, batch_size=64 // sampler.num_replicas, sampler=sampler)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)  # another order each epoch, the same on all ranks
@@ -76,8 +74,8 @@ def run(epochs: int) -> None:
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-        accuracy = accuracy_over_ranks(model, test, rank, world)
-        if rank == 0:
+        accuracy = accuracy_over_ranks(model, test)
+        if sampler.rank == 0:
             print(f"epoch {epoch + 1}: test accuracy {accuracy:.4f}")
 
 

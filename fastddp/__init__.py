@@ -9,16 +9,23 @@ Example::
 
 from fastddp.data_parallel import DataParallel
 from fastddp.ddp import DistributedDataParallel
-from fastddp.errors import MismatchError
+from fastddp.errors import MismatchError, RankError
+from fastddp.gather import gather_unpadded
 from fastddp.info import info
+from fastddp.sampler import DistributedSampler
+from fastddp.spawn import spawn
 from fastddp.version import __version__
 from fastddp.wrap import wrap
 
 __all__ = [
     "DataParallel",
     "DistributedDataParallel",
+    "DistributedSampler",
     "MismatchError",
+    "RankError",
     "__version__",
+    "gather_unpadded",
     "info",
+    "spawn",
     "wrap",
 ]

@@ -1,4 +1,4 @@
-"""Small collectives on a process group: compare objects, broadcast many tensors at once.
+"""Collectives on a process group: compare objects, broadcast many tensors at once, gather.
 
 They use the methods of :class:`torch.distributed.ProcessGroup` alone, so that any group will do,
 also one that torch's registry does not know.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed import GatherOptions, ProcessGroup
 
 T = TypeVar("T")
 
@@ -127,14 +127,30 @@ def communication_device(group: ProcessGroup) -> torch.device:
     return torch.device("cpu" if "cpu" in types else types[0])
 
 
-def _all_gather_bytes(group: ProcessGroup, data: bytes) -> list[bytes]:
-    device = communication_device(group)
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+def all_gather(group: ProcessGroup, mine: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the ranks' tensors by rank; of one shape and dtype, dense, without autograd."""
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
     loans = [Loan(tensor) for tensor in (mine, *gathered)]
     group.allgather([gathered], [mine]).wait()
     settle(loans)
-    return [bytes(tensor.cpu().numpy()) for tensor in gathered]
+    return gathered
+
+
+def gather(group: ProcessGroup, mine: torch.Tensor, dst: int) -> list[torch.Tensor]:
+    """Returns on rank ``dst`` of the group what :func:`all_gather` does, elsewhere nothing."""
+    gathered = [torch.empty_like(mine) for _ in range(group.size())] if group.rank() == dst else []
+    loans = [Loan(tensor) for tensor in (mine, *gathered)]
+    options = GatherOptions()
+    options.rootRank = dst
+    group.gather([gathered] if gathered else [], [mine], options).wait()
+    settle(loans)
+    return gathered
+
+
+def _all_gather_bytes(group: ProcessGroup, data: bytes) -> list[bytes]:
+    device = communication_device(group)
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    return [bytes(tensor.cpu().numpy()) for tensor in all_gather(group, mine)]
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

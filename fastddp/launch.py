@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -49,8 +50,11 @@ def describe_environment() -> Environment:
     return environment
 
 
-def ensure_process_group() -> dist.ProcessGroup | None:
+def ensure_process_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """Returns the default process group, made from the environment if there is none yet.
+
+    Args:
+        timeout: of the collectives of a group that is made here; None for torch's default.
 
     Returns:
         None if there is neither a group nor an environment that describes one: a plain
@@ -64,7 +68,8 @@ def ensure_process_group() -> dist.ProcessGroup | None:
             return None
         if torch.cuda.is_available() and environment.local_rank is not None:
             torch.cuda.set_device(environment.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
     return dist.group.WORLD
 
 

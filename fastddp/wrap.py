@@ -19,10 +19,10 @@ def wrap(
 ) -> DistributedDataParallel:
     """Makes a model train data-parallel and otherwise leaves it what it is.
 
-    Works under torchrun, in processes started by ``torch.multiprocessing.spawn``, and in a plain
-    ``python`` process, whose world it is alone. Makes the default process group when a launcher's
-    environment describes one and there is none yet. Every rank starts with rank 0's parameters and
-    buffers.
+    Works under torchrun, in processes started by :func:`fastddp.spawn` or
+    ``torch.multiprocessing.spawn``, and in a plain ``python`` process, whose world it is alone.
+    Makes the default process group when a launcher's environment describes one and there is none
+    yet. Every rank starts with rank 0's parameters and buffers.
 
     Args:
         model: the model. Keep using the result in its place: attributes, methods and checkpoint
