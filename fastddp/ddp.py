@@ -298,5 +298,6 @@ def _refused(name: str) -> Callable[..., NoReturn]:
 for _name in (
     *("join", "join_hook", "register_comm_hook", "_register_builtin_comm_hook"),
     *("_register_fused_optim", "_register_buffer_comm_hook", "_update_process_group"),
+    *("_pre_forward", "_post_forward"),  # halves of forward, which torch's replicate() calls
 ):
     setattr(DistributedDataParallel, _name, _refused(_name))

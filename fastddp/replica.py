@@ -28,6 +28,8 @@ class _TorchReducer:
     def _rebuild_buckets(self) -> bool:
         return False
 
+    def _delay_all_reduce(self) -> None: ...
+
 
 class Replica:
     """Starts equal to rank 0's, and stays equal: gradients by a reducer, buffers by broadcast.
@@ -185,7 +187,10 @@ class Replica:
         }
 
     def logging_data(self) -> dict[str, Any]:
-        """Returns the entries of torch's logging data that have a meaning here."""
+        """Returns the entries of torch's logging data that have a meaning here.
+
+        ``can_set_static_graph`` has none: Lightning would advise to set what changes nothing.
+        """
         stats, group = self.stats(), self.group
         return {
             "module_name": type(self._module).__name__,
@@ -196,5 +201,4 @@ class Replica:
                 str(bucket.numel * bucket.dtype.itemsize) for bucket in self.plan().buckets
             ),
             "total_parameter_size_bytes": sum(p.nbytes for p in self._module.parameters()),
-            "can_set_static_graph": True,
         }
