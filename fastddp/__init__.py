@@ -10,7 +10,8 @@ Example::
 from fastddp.ddp import DistributedDataParallel
 from fastddp.errors import MismatchError
 from fastddp.info import info
+from fastddp.patch import patch
 from fastddp.version import __version__
 from fastddp.wrap import wrap
 
-__all__ = ["DistributedDataParallel", "MismatchError", "__version__", "info", "wrap"]
+__all__ = ["DistributedDataParallel", "MismatchError", "__version__", "info", "patch", "wrap"]
