@@ -12,6 +12,7 @@ from fastddp.ddp import DistributedDataParallel
 from fastddp.errors import MismatchError, RankError
 from fastddp.gather import gather_unpadded
 from fastddp.info import info
+from fastddp.patch import patch
 from fastddp.sampler import DistributedSampler
 from fastddp.spawn import spawn
 from fastddp.version import __version__
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "gather_unpadded",
     "info",
+    "patch",
     "spawn",
     "wrap",
 ]

@@ -374,5 +374,8 @@ def _refused(name: str) -> Callable[..., NoReturn]:
 
 
 # Inherited, these would run torch's code on attributes that are not there.
-for _name in ("_set_sparse_metadata",):
+for _name in (
+    "_set_sparse_metadata",
+    *("_pre_forward", "_post_forward"),  # halves of forward, which torch's replicate() calls
+):
     setattr(DistributedDataParallel, _name, _refused(_name))

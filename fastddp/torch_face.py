@@ -20,6 +20,8 @@ class TorchReducer:
     def _rebuild_buckets(self) -> bool:
         return False
 
+    def _delay_all_reduce(self) -> None: ...
+
 
 def attributes(replica: Replica) -> dict[str, Any]:
     """Returns what torch's class keeps in attributes."""
@@ -46,7 +48,10 @@ def attributes(replica: Replica) -> dict[str, Any]:
 
 
 def logging_data(replica: Replica) -> dict[str, Any]:
-    """Returns the entries of torch's logging data that have a meaning here."""
+    """Returns the entries of torch's logging data that have a meaning here.
+
+    ``can_set_static_graph`` has none: Lightning would advise to set what changes nothing.
+    """
     stats, group = replica.stats(), replica.group
     module = replica.module
     return {
@@ -58,5 +63,4 @@ def logging_data(replica: Replica) -> dict[str, Any]:
             str(bucket.numel * bucket.dtype.itemsize) for bucket in replica.plan().buckets
         ),
         "total_parameter_size_bytes": sum(p.nbytes for p in module.parameters()),
-        "can_set_static_graph": True,
     }
