@@ -12,10 +12,11 @@ from torch.distributed import ProcessGroup
 from fastddp import engine as engines
 from fastddp.agreement import agree_on_module, check_module, ignored_names
 from fastddp.collectives import BroadcastBuffer, broadcast_tensors
+from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.engine.python import RoundStats
 from fastddp.options import Options
 from fastddp.outputs import tensors_in
-from fastddp.plan import BucketPlan
+from fastddp.plan import BucketPlan, MiB
 
 
 class _TorchReducer:
@@ -118,11 +119,13 @@ class Replica:
         return self._sync
 
     @sync.setter
+    @untraced
     def sync(self, value: bool) -> None:
         self._sync = value
         if self._reducer is not None:
             self._reducer.sync = value
 
+    @untraced
     def before_forward(self) -> None:
         """Gives every rank rank 0's buffers, unless the forward before was not synchronised."""
         if self._alone or not (self.options.forward_sync_buffers and self._sync_buffers_next):
@@ -140,10 +143,12 @@ class Replica:
             self._packed_buffers = BroadcastBuffer(buffers)
         self._packed_buffers.broadcast(group)
 
+    @untraced
     def after_forward(self, output: object) -> None:
         """Takes note of where backward will come from, and whether it may be synchronised."""
         self._sync_buffers_next = torch.is_grad_enabled() and self._sync
         if self._reducer is not None and torch.is_grad_enabled():
+            refuse_compiled_autograd()
             self._reducer.watch(list(tensors_in(output)))
 
     def _buffers(self) -> list[torch.Tensor]:
@@ -152,6 +157,11 @@ class Replica:
         return [b for name, b in self._module.named_buffers() if name not in ignored]
 
     # ---- facts -----------------------------------------------------------------------------------
+
+    @property
+    def alone(self) -> bool:
+        """Whether the world is one process, and nothing is synchronised."""
+        return self._alone
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -179,7 +189,8 @@ class Replica:
             "require_forward_param_sync": self._sync_buffers_next,
             "parameters_to_ignore": set(ignored_names(self._module)),
             "modules_buffers": self._buffers(),
-            "bucket_bytes_cap": options.caps_bytes[-1],
+            # Not less than the first bucket that torch.compile assumes, or it refuses.
+            "bucket_bytes_cap": max(options.caps_bytes[-1], MiB),
             "mixed_precision": None,
             "reducer": _TorchReducer(),
         }

@@ -33,6 +33,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
 from fastddp.collectives import Loan
+from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.plan import Bucket, BucketPlan, ParamSpec, Slot, plan_buckets
 
 
@@ -92,10 +93,12 @@ class _RoundEnd:
         self._reducer = reducer
         self._open = True
 
+    @untraced
     def __call__(self) -> None:
         self._open = False
         self._reducer._finish_round()
 
+    @untraced
     def __del__(self) -> None:
         if self._open:
             self._reducer._abandon_round()
@@ -212,6 +215,7 @@ class PythonReducer:
     # ---- one round -------------------------------------------------------------------------------
 
     def _begin_round(self) -> _Round:
+        refuse_compiled_autograd()  # or gradients get lost without a word
         if self._agreement is not None:
             order, work = self._agreement
             work.wait()
@@ -385,6 +389,7 @@ def _without_context() -> Iterator[None]:
 
 
 def _backward_hook(reducer: weakref.ref[PythonReducer]) -> Callable[[torch.Tensor], None]:
+    @untraced
     def hook(_: torch.Tensor) -> None:
         alive = reducer()
         if alive is not None:
@@ -409,6 +414,7 @@ def _accumulates() -> bool:
 
 
 def _gradient_hook(reducer: weakref.ref[PythonReducer], index: int) -> Callable[..., None]:
+    @untraced
     def hook(*_: object) -> None:
         alive = reducer()
         if alive is not None:
