@@ -19,6 +19,7 @@ from fastddp import engine as engines
 from fastddp import hooks, join, torch_face
 from fastddp.agreement import report_failure
 from fastddp.buffers import BufferHook
+from fastddp.compiler import untraced_itself
 from fastddp.options import Options
 from fastddp.plan import BucketPlan
 from fastddp.replica import Replica
@@ -158,6 +159,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
 
     # ---- training --------------------------------------------------------------------------------
 
+    @untraced_itself
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the module, on buffers that are rank 0's where it has any."""
         replica = self._replica
@@ -168,9 +170,25 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         if replica.options.device_ids:
             moved, moved_kwargs = _to_kwargs(inputs, kwargs, replica.options.device_ids[0], True)
             inputs, kwargs = moved[0], moved_kwargs[0]
-        output = self.module(*inputs, **kwargs)
+        output = self._run_ddp_forward(*inputs, **kwargs)
         replica.after_forward(output)
         return output
+
+    @untraced_itself
+    def _run_ddp_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Runs the module as torch.compile's active one, whose graph it cuts at the buckets.
+
+        Uncut, a compiled backward gives all gradients at its end, and no bucket could leave early.
+        """
+        if self._replica.alone:
+            return self.module(*inputs, **kwargs)
+        torch_ddp = nn.parallel.DistributedDataParallel
+        before = torch_ddp._active_ddp_module
+        torch_ddp._active_ddp_module = self
+        try:
+            return self.module(*inputs, **kwargs)
+        finally:
+            torch_ddp._active_ddp_module = before
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -222,6 +240,10 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
 
     def _convert(self, *args: Any, **kwargs: Any) -> None:
         nn.Module._apply(self, *args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the model in place, see `torch.nn.Module.compile`; synchronising it is not."""
+        self.module.compile(*args, **kwargs)
 
     def train(self, mode: bool = True) -> DistributedDataParallel:
         nn.Module.train(self, mode)

@@ -15,9 +15,11 @@ import torch
 from torch.distributed import ReduceOp
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
+from fastddp.compiler import untraced
 from fastddp.replica import Replica
 
 
+@untraced
 def before_forward(joinable: Joinable, replica: Replica, by_initial_world_size: bool) -> None:
     """Does, on a rank that still has inputs, what the context requires before a forward.
 

@@ -17,6 +17,7 @@ from fastddp import optim_in_backward
 from fastddp.agreement import agree_on_module, check_module, ignored_names
 from fastddp.buffers import BufferHook, Buffers
 from fastddp.collectives import broadcast_tensors
+from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.engine.python import RoundStats
 from fastddp.hooks import CommHook, HookRunner
 from fastddp.options import Options
@@ -156,11 +157,13 @@ class Replica:
         return self._sync
 
     @sync.setter
+    @untraced
     def sync(self, value: bool) -> None:
         self._sync = value
         if self._reducer is not None:
             self._reducer.sync = value
 
+    @untraced
     def before_forward(self) -> None:
         """Gives every rank rank 0's buffers, unless the forward before was not synchronised."""
         if not self._began:
@@ -181,6 +184,7 @@ class Replica:
             self._stepping = optim_in_backward.take_over(self._hooked)
             self._watch_rounds()
 
+    @untraced
     def after_forward(self, output: object) -> None:
         """Takes note of where backward will come from, and whether it may be synchronised."""
         hook = self.buffer_hook
@@ -191,6 +195,7 @@ class Replica:
         self.sync_buffers_next = torch.is_grad_enabled() and self._sync
         if self._reducer is None or not torch.is_grad_enabled():
             return
+        refuse_compiled_autograd()
         if self._reducer.outgrown():
             self.reattach()
         self._reducer.watch(list(tensors_in(output)))
@@ -212,6 +217,7 @@ class Replica:
         """Has the end of the next round seen here; without need it costs nothing."""
         this = weakref.ref(self)
 
+        @untraced
         def end_round() -> None:
             alive = this()
             if alive is not None:
@@ -293,6 +299,11 @@ class Replica:
             self._reducer.shadow()
 
     # ---- facts -----------------------------------------------------------------------------------
+
+    @property
+    def alone(self) -> bool:
+        """Whether the world is one process, and nothing is synchronised."""
+        return self._alone
 
     @property
     def group(self) -> ProcessGroup | None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastddp.plan import MiB
+
 if TYPE_CHECKING:
     from fastddp.replica import Replica
 
@@ -39,7 +41,8 @@ def attributes(replica: Replica) -> dict[str, Any]:
         "parameters_to_ignore": set(replica.ignored),
         "modules_buffers": list(buffers.values()),
         "named_module_buffers": buffers,
-        "bucket_bytes_cap": options.caps_bytes[-1],
+        # Not less than the first bucket that torch.compile assumes, or it refuses.
+        "bucket_bytes_cap": max(options.caps_bytes[-1], MiB),
         "mixed_precision": None,
         "logger": None,
         "reducer": TorchReducer(),

@@ -9,6 +9,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 import fastddp._C as _C
+from fastddp.compiler import untraced
 from fastddp.hooks import GradBucket, HookRunner, Wait
 from fastddp.plan import Bucket, BucketPlan, Slot
 
@@ -53,6 +54,7 @@ class NativeReducer:
         self._hook = hook
         this = weakref.ref(self)
 
+        @untraced
         def native_hook(
             index: int, count: int, buffer: torch.Tensor, params: list[int], offsets: list[int]
         ) -> Wait:

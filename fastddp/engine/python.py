@@ -35,6 +35,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
 from fastddp.collectives import Loan, settle
+from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.hooks import GradBucket, HookRunner, Wait
 from fastddp.plan import (
     PACKED_ALIGN_BYTES,
@@ -109,10 +110,12 @@ class _RoundEnd:
         self._reducer = reducer
         self._open = True
 
+    @untraced
     def __call__(self) -> None:
         self._open = False
         self._reducer._finish_round()
 
+    @untraced
     def __del__(self) -> None:
         if self._open:
             self._reducer._abandon_round()
@@ -299,6 +302,7 @@ class PythonReducer:
         return 1.0 if self._hook is not None else 1.0 / self._divisor
 
     def _begin_round(self, is_shadow: bool = False) -> _Round:
+        refuse_compiled_autograd()  # or gradients get lost without a word
         if self._agreement is not None:
             order, work = self._agreement
             try:
@@ -583,6 +587,7 @@ def _without_context() -> Iterator[None]:
 
 
 def _backward_hook(reducer: weakref.ref[PythonReducer]) -> Callable[[torch.Tensor], None]:
+    @untraced
     def hook(_: torch.Tensor) -> None:
         alive = reducer()
         if alive is not None:
@@ -599,6 +604,7 @@ def _will_run(leaf: Node) -> bool:
 
 
 def _gradient_hook(reducer: weakref.ref[PythonReducer], index: int) -> Callable[..., None]:
+    @untraced
     def hook(_: object, gradients: tuple[torch.Tensor | None, ...]) -> None:
         # A node runs without a gradient too, when a custom backward returns none.
         alive = reducer() if gradients[0] is not None else None
