@@ -99,8 +99,8 @@ def operations(draw: st.DrawFn, world_size: int, params: list[Param], num_terms:
     if kind is Assign:
         return Assign(draw(st.integers(0, len(params) - 1)), odd=draw(st.booleans()))
     if kind is Alone:
-        whats = ["forward", "no_grad", "grad of params", "grad of x", "inputs x"]
-        what = st.sampled_from([what for what in whats if what not in KNOWN_TO_FAIL])
+        calls = ["forward", "no_grad", "grad of params", "grad of x", "inputs x"]
+        what = st.sampled_from([call for call in calls if call not in KNOWN_TO_FAIL])
         # The first parameter always requires a gradient, so that there is one to ask for.
         chosen = (0, *_several(draw, st.integers(0, num_terms - 1), 0, 5))
         return Alone(draw(st.integers(0, world_size - 1)), draw(what), chosen)
