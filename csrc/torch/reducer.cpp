@@ -130,7 +130,10 @@ Reducer::Reducer(std::vector<at::Tensor> params,
 
 void Reducer::attach() {
   for (std::size_t i = 0; i < params_.size(); ++i) {
+    const bool trains = params_[i].variable.requires_grad();
+    params_[i].variable.set_requires_grad(true);  // else there is no accumulator
     params_[i].accumulator = torch::autograd::impl::grad_accumulator(params_[i].variable);
+    params_[i].variable.set_requires_grad(trains);
     params_[i].hook =
         params_[i].accumulator->add_post_hook(std::make_unique<GradientHook>(weak_from_this(), i));
   }
@@ -235,7 +238,7 @@ void Reducer::finish_round() {
     installed_ = false;  // a collective may still write to the buckets
     throw;
   }
-  if (!round_->is_shadow) hand_out();
+  hand_out();
   stats_.wait_us_total += stats_.wait_us_last;
   ++stats_.rounds;
   round_.reset();
@@ -365,7 +368,10 @@ void Reducer::launch(std::size_t index) {
   const Bucket& bucket = buckets_[index];
   const BucketPlan& plan = plan_[index];
   bucket.flags.fill_(1);
-  for (const SlotPlan& slot : plan.slots) fill_in(static_cast<std::size_t>(slot.param));
+  for (const SlotPlan& slot : plan.slots) {
+    const auto param = static_cast<std::size_t>(slot.param);
+    if (round_->taken[param] == 0) add_bystander(param);
+  }
   if (!hook_) {
     round_->waits.push_back(start_all_reduce(bucket.flat));
     return;
@@ -383,7 +389,7 @@ void Reducer::launch(std::size_t index) {
 void Reducer::launch_sparse(std::size_t index) {
   Param& param = params_[index];
   param.flag.fill_(1);
-  fill_in(index);
+  if (round_->taken[index] == 0) add_bystander(index);
   const std::size_t nth = plan_.size() + index - num_dense();
   round_->waits.push_back(hook_ ? start_hook(nth, param.slot, {index}, {0})
                                 : start_all_reduce(param.slot));
@@ -393,34 +399,27 @@ void Reducer::launch_loose_flags() {
   if (loose_flags_.defined()) round_->waits.push_back(start_all_reduce(loose_flags_));
 }
 
-void Reducer::fill_in(std::size_t index) {
-  Param& param = params_[index];
-  if (round_->is_shadow) {
-    if (index < num_dense()) {
-      param.slot.zero_();
-    } else {
-      param.slot = empty_sparse(param.variable);
-    }
-    param.flag.zero_();
-  } else if (round_->taken[index] == 0) {
-    add_bystander(index);
-  }
-}
-
+// Puts into the slot what this rank has, which did not come from the round's backward.
 void Reducer::add_bystander(std::size_t index) {
   Param& param = params_[index];
   at::Tensor grad = std::move(param.variable.mutable_grad());
   at::Tensor old = grad;
-  const bool accumulated = is_accumulated(param, grad);
-  if (index >= num_dense()) {
-    param.slot = grad.defined() ? scale_sparse(grad, scale()) : empty_sparse(param.variable);
-  } else if (grad.defined()) {
-    // The reduction overwrites the slot. If no rank has a new gradient the old must come back bit
-    // for bit.
-    if (!accumulated && grad.is_alias_of(param.slot)) old = grad.clone();
+  const bool accumulated = !round_->is_shadow && is_accumulated(param, grad);
+  const bool is_dense = index < num_dense();
+  // The reduction overwrites the slot. If no rank has a new gradient the old must come back bit for
+  // bit.
+  if (is_dense && grad.defined() && !accumulated && grad.is_alias_of(param.slot))
+    old = grad.clone();
+  if (!grad.defined() || round_->is_shadow) {
+    if (is_dense) {
+      param.slot.zero_();
+    } else {
+      param.slot = empty_sparse(param.variable);
+    }
+  } else if (is_dense) {
     write(param.dtype, param.slot, grad, scale());
   } else {
-    param.slot.zero_();
+    param.slot = scale_sparse(grad, scale());
   }
   // What unsynchronised backwards left counts as this one's.
   if (accumulated) return;
@@ -494,7 +493,7 @@ void Reducer::hand_out() {
     param.expected = std::max(param.expected, round_->taken[i]);
     param.variable.mutable_grad() = param.slot;
   }
-  counts_are_learned_ = true;
+  counts_are_learned_ |= !round_->is_shadow;
   for (Bystander& bystander : round_->bystanders) {
     Param& param = params_[bystander.param];
     // Reading a flag from a device waits for it, which only a rank without a gradient for this

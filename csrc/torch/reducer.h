@@ -97,7 +97,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void set_hook(Hook hook);
   // Has `callback` called at the end of each round, once gradients are where they belong.
   void set_after_round(std::function<void()> callback);
-  // Takes part in a round of the other ranks with nothing to add, and takes nothing from it.
+  // Takes part in a round of the other ranks with nothing to add.
   void shadow();
 
   Stats stats() const;
@@ -174,7 +174,6 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void launch_sparse(std::size_t param);
   void launch_loose_flags();
   void flush();
-  void fill_in(std::size_t param);
   void add_bystander(std::size_t param);
   static bool is_accumulated(const Param& param, const at::Tensor& grad);
   Wait start_all_reduce(at::Tensor tensor) const;

@@ -85,9 +85,9 @@ class Reducer(Protocol):
         """
 
     def shadow(self) -> None:
-        """Takes part in a round of the other ranks with nothing to add, and takes nothing from it.
+        """Takes part in a round of the other ranks with nothing to add; returns when it is over.
 
-        Returns when the round is over.
+        Gradients are then those of the other ranks, for optimizers that join too.
         """
 
     def unused(self) -> Sequence[str]:

@@ -166,7 +166,7 @@ class PythonReducer:
         self._round: _Round | None = None
 
         # A tensor holds its gradient node weakly: kept here, or the hook would go with the node.
-        self._nodes = [get_gradient_edge(param).node for param in self._params]
+        self._nodes = [_accumulator(param) for param in self._params]
         this = weakref.ref(self)
         self._hooks = [
             node.register_hook(_gradient_hook(this, nth)) for nth, node in enumerate(self._nodes)
@@ -251,8 +251,7 @@ class PythonReducer:
         except BaseException:
             self._installed = False  # a collective may still write to the buckets
             raise
-        if not current.is_shadow:
-            self._hand_out(current)
+        self._hand_out(current)
         self._stats = replace(
             self._stats,
             rounds=self._stats.rounds + 1,
@@ -401,7 +400,8 @@ class PythonReducer:
         bucket, memory = self._plan.buckets[index], self._memory[index]
         memory.flags.fill_(1)
         for slot in bucket.slots:
-            self._fill_in(current, slot.param)
+            if slot.param not in current.taken:
+                self._add_bystander(current, slot.param)
         current.next_bucket += 1
         if self._hook is None:
             current.waits.append(self._start_all_reduce(memory.flat))
@@ -419,7 +419,8 @@ class PythonReducer:
     def _launch_sparse(self, current: _Round, index: int) -> None:
         place = self._places[index]
         place.flag.fill_(1)
-        self._fill_in(current, index)
+        if index not in current.taken:
+            self._add_bystander(current, index)
         if self._hook is None:
             current.waits.append(self._start_all_reduce(place.slot))
         else:
@@ -443,42 +444,30 @@ class PythonReducer:
         owners = [self._params[param] for param in params]
         return self._hook.start(GradBucket(index, count, buffer, owners, offsets))
 
-    def _fill_in(self, current: _Round, index: int) -> None:
-        param, place = self._params[index], self._places[index]
-        if current.is_shadow:
-            if index < self._num_dense:
-                place.slot.zero_()
-            else:
-                place.slot = _empty_sparse(param)
-            place.flag.zero_()
-        elif index not in current.taken:
-            self._add_bystander(current, index)
-
     def _add_bystander(self, current: _Round, index: int) -> None:
+        """Puts into the slot what this rank has, which did not come from the round's backward."""
         param, place = self._params[index], self._places[index]
         grad, param.grad = param.grad, None
         old = grad
-        accumulated = self._is_accumulated(index, grad)
-        if index >= self._num_dense:
-            place.slot = _empty_sparse(param) if grad is None else _scale_sparse(grad, self._scale)
-        elif grad is None:
-            place.slot.zero_()
-        else:
-            # The reduction overwrites the slot. If no rank has a new gradient the old must come
-            # back bit for bit.
-            if not accumulated and _shares_storage(grad, place.slot):
-                old = grad.clone()
+        accumulated = not current.is_shadow and self._is_accumulated(index, grad)
+        is_dense = index < self._num_dense
+        # The reduction overwrites the slot. If no rank has a new gradient the old must come back
+        # bit for bit.
+        if is_dense and grad is not None and not accumulated and _shares_storage(grad, place.slot):
+            old = grad.clone()
+        if grad is None or current.is_shadow:
+            if is_dense:
+                place.slot.zero_()
+            else:
+                place.slot = _empty_sparse(param)
+        elif is_dense:
             _write(place.slot, grad, self._scale)
+        else:
+            place.slot = _scale_sparse(grad, self._scale)
         if accumulated:
             return  # what unsynchronised backwards left is this one's too
         place.flag.zero_()
         current.bystanders.append(_Bystander(index, old))
-
-    def _is_accumulated(self, index: int, grad: torch.Tensor | None) -> bool:
-        address, left = self._accumulated.get(index, (0, None))
-        if grad is None or left is None:
-            return False
-        return not left.expired() and grad._cdata == address
 
     def _flush(self, current: _Round) -> None:
         while current.next_bucket < len(current.missing):
@@ -493,6 +482,12 @@ class PythonReducer:
             current.waits.append(self._start_all_reduce(self._loose_flags.flat))
         if not self._order_is_learned:
             self._agree_on_order(current)
+
+    def _is_accumulated(self, index: int, grad: torch.Tensor | None) -> bool:
+        address, left = self._accumulated.get(index, (0, None))
+        if grad is None or left is None:
+            return False
+        return not left.expired() and grad._cdata == address
 
     def _agree_on_order(self, current: _Round) -> None:
         """Starts to send rank 0's arrival order to all; the next round begins with its plan."""
@@ -517,7 +512,7 @@ class PythonReducer:
         for index, param in enumerate(self._params):
             self._expected[index] = max(self._expected[index], current.taken[index])
             param.grad = self._places[index].slot
-        self._counts_are_learned = True
+        self._counts_are_learned |= not current.is_shadow
         for bystander in current.bystanders:
             # Reading a flag from a device waits for it, which only a rank without a gradient does.
             if self._places[bystander.param].flag.item():
@@ -594,6 +589,13 @@ def _backward_hook(reducer: weakref.ref[PythonReducer]) -> Callable[[torch.Tenso
             alive._on_backward()
 
     return hook
+
+
+def _accumulator(param: torch.nn.Parameter) -> Node:
+    trains = param.requires_grad
+    node = get_gradient_edge(param.requires_grad_(True)).node  # else there is none
+    param.requires_grad_(trains)
+    return node
 
 
 def _will_run(leaf: Node) -> bool:

@@ -8,12 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.ddp_zero_hook import (
-    hook_with_zero_step,
-    hook_with_zero_step_interleaved,
-)
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
@@ -121,36 +117,6 @@ def _fused(rank: int, world_size: int, engine: str) -> None:
 
 def test_fused_optimizers(engine: str) -> None:
     run_ranks(_fused, 2, engine)
-
-
-def _zero_overlap(rank: int, world_size: int, engine: str, interleaved: bool) -> str:
-    make = hook_with_zero_step_interleaved if interleaved else hook_with_zero_step
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    model = wrap_small(_build(), engine)
-    zero = ZeroRedundancyOptimizer(
-        model.parameters(), torch.optim.SGD, overlap_with_ddp=True, lr=0.1, momentum=0.9
-    )
-    model.register_comm_hook(None, make(allreduce_hook, model, zero))
-    plain = fastddp.wrap(_build(), engine=engine)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
-    # The hook spends its first rounds on learning the buckets, without a step.
-    for step in range(8):
-        before = digest(dict(model.module.state_dict()))
-        model.zero_grad()
-        model(_inputs(rank, step)).square().sum().backward()
-        if digest(dict(model.module.state_dict())) == before:
-            continue
-        optimizer.zero_grad()
-        plain(_inputs(rank, step)).square().sum().backward()
-        optimizer.step()
-        assert_same_bits(model.module.state_dict(), plain.state_dict(), f"step {step}")
-    assert optimizer.state, "no step was ever taken"
-    return digest(dict(model.module.state_dict()))
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_zero_steps_while_backward_goes_on(engine: str, interleaved: bool) -> None:
-    assert len(set(run_ranks(_zero_overlap, 2, engine, interleaved))) == 1
 
 
 # --- freezing and unfreezing ----------------------------------------------------------------------

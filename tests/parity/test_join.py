@@ -49,13 +49,14 @@ def _beside_torch(
     _train(ours, rank, num, by_initial)
     _train(theirs, rank, num, by_initial)
     assert_same_bits(ours.state_dict(), theirs.state_dict(), "after all inputs")
+    end = digest(ours.state_dict())
     # Outside of the context all is as before.
     for model in (ours, theirs):
         model.zero_grad()
         model(_inputs(rank, 99)).sum().backward()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine.grad, other.grad)
-    return digest(ours.state_dict())
+    return end
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -129,7 +130,7 @@ def _early_termination(rank: int, world_size: int, engine: str) -> int:
                 model(_inputs(rank, step)).sum().backward()
                 done.append(step)
 
-    with pytest.raises(RuntimeError, match="exhausted inputs"):
+    with pytest.raises(RuntimeError, match="exhausted"):
         train()
     return len(done)
 
@@ -139,11 +140,19 @@ def test_it_can_stop_when_the_first_rank_runs_out(engine: str) -> None:
 
 
 def _with_zero(rank: int, world_size: int, engine: str) -> str:
+    """Each rank steps its share of the parameters, also one that has run out of inputs.
+
+    That one then has the other ranks' gradients. (Torch's class leaves it its own last ones.)
+    """
     digests = []
-    for wrap in (lambda m: wrap_small(m, engine), TorchDDP):
-        model = wrap(_build(False))
-        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.01)
-        with Join([model, optimizer]):
+    for zero in (True, False):
+        model = wrap_small(_build(False), engine)
+        params = model.parameters()
+        if zero:
+            optimizer = ZeroRedundancyOptimizer(params, torch.optim.Adam, lr=0.01)
+        else:
+            optimizer = torch.optim.Adam(params, lr=0.01)
+        with Join([model, optimizer] if zero else [model]):
             for step in range(3 + 2 * rank):
                 optimizer.zero_grad()
                 model(_inputs(rank, step)).square().sum().backward()
