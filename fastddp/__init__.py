@@ -7,6 +7,7 @@ Example::
     model = fastddp.wrap(model)  # under torchrun, mp.spawn or plain python
 """
 
+from fastddp.accumulate import accumulate
 from fastddp.data_parallel import DataParallel
 from fastddp.ddp import DistributedDataParallel
 from fastddp.errors import MismatchError, RankError
@@ -25,6 +26,7 @@ __all__ = [
     "MismatchError",
     "RankError",
     "__version__",
+    "accumulate",
     "gather_unpadded",
     "info",
     "patch",

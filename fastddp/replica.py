@@ -41,6 +41,7 @@ class Replica:
         self.module = module
         self.buffers = Buffers(module)
         self.sync_buffers_next = True
+        self.num_accumulated = 0  # micro-batches since the latest step, see fastddp.accumulate
         self._set_group(group)
         self._sync = True
         self._divisor: float | None = None
