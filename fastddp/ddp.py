@@ -16,8 +16,9 @@ from torch.distributed.utils import _to_kwargs
 
 from fastddp import engine as engines
 from fastddp.agreement import report_failure
+from fastddp.distributed_autograd import refuse_distributed_autograd
 from fastddp.options import Options
-from fastddp.plan import BucketPlan
+from fastddp.plan import BucketPlan, MiB
 from fastddp.replica import Replica
 
 
@@ -109,6 +110,8 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
                     "static_graph": static_graph,
                     "skip_all_reduce_unused_params": skip_all_reduce_unused_params,
                     "batched_grad_copy": batched_grad_copy,
+                    "bucket_bytes_cap_list": [int(cap * MiB) for cap in bucket_cap_mb_list or ()],
+                    "device_mesh": device_mesh,
                 },
             )
         except ValueError as error:
@@ -152,6 +155,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the module, on buffers that are rank 0's where it has any."""
+        refuse_distributed_autograd()
         replica = self._replica
         replica.before_forward()
         if replica.options.device_ids:

@@ -13,9 +13,13 @@ from fastddp import engine as engines
 from fastddp.agreement import agree_on_module, check_module, ignored_names
 from fastddp.collectives import BroadcastBuffer, broadcast_tensors
 from fastddp.engine.python import RoundStats
+from fastddp.logging_data import logging_data
 from fastddp.options import Options
 from fastddp.outputs import tensors_in
 from fastddp.plan import BucketPlan
+
+_BROADCAST_BUCKET_BYTES = 250 * 1024 * 1024
+"""What torch's class tells those who broadcast a module's state themselves."""
 
 
 class _TorchReducer:
@@ -180,21 +184,14 @@ class Replica:
             "parameters_to_ignore": set(ignored_names(self._module)),
             "modules_buffers": self._buffers(),
             "bucket_bytes_cap": options.caps_bytes[-1],
+            "broadcast_bucket_size": _BROADCAST_BUCKET_BYTES,
+            "logger": None,
             "mixed_precision": None,
             "reducer": _TorchReducer(),
         }
 
     def logging_data(self) -> dict[str, Any]:
         """Returns the entries of torch's logging data that have a meaning here."""
-        stats, group = self.stats(), self.group
-        return {
-            "module_name": type(self._module).__name__,
-            "world_size": 1 if group is None else group.size(),
-            "rank": 0 if group is None else group.rank(),
-            "iteration": stats.rounds,
-            "bucket_sizes": ", ".join(
-                str(bucket.numel * bucket.dtype.itemsize) for bucket in self.plan().buckets
-            ),
-            "total_parameter_size_bytes": sum(p.nbytes for p in self._module.parameters()),
-            "can_set_static_graph": True,
-        }
+        return logging_data(
+            self._module, self.group, self.options, self.plan(), self.stats().rounds
+        )
