@@ -31,4 +31,5 @@ def outcome(name: str, subject: str) -> str:
     return ", ".join(sorted(set(values)))
 
 
-main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])

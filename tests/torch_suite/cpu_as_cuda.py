@@ -10,6 +10,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tests.torch_suite.sync_batch_norm import KERNELS
+
 
 class _CpuAsCuda(TorchFunctionMode):
     """Reads every mention of a CUDA device, as text, object or number, as the CPU."""
@@ -73,7 +75,8 @@ def cpu_as_cuda(num_devices: int) -> Iterator[None]:
             **_in_order("device", "set_device", "stream", "Stream", "synchronize", "manual_seed"),
         },
         torch.accelerator: _in_order("current_stream"),
-        torch: _in_order("Stream", "Event"),
+        torch: _in_order("Stream", "Event") | KERNELS,
+        torch._C: {"_get_privateuse1_backend_name": lambda: "cpu"},  # lets SyncBatchNorm run
     }
     parse_to = torch._C._nn._parse_to  # of `Module.to`; out of reach for a function mode
 
