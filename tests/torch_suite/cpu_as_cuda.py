@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.torch_suite.sync_batch_norm import KERNELS
+from tests.torch_suite.sync_batch_norm import KERNELS, forward
 
 
 class _CpuAsCuda(TorchFunctionMode):
@@ -76,7 +76,7 @@ def cpu_as_cuda(num_devices: int) -> Iterator[None]:
         },
         torch.accelerator: _in_order("current_stream"),
         torch: _in_order("Stream", "Event") | KERNELS,
-        torch._C: {"_get_privateuse1_backend_name": lambda: "cpu"},  # lets SyncBatchNorm run
+        torch.nn.SyncBatchNorm: {"forward": forward},
     }
     parse_to = torch._C._nn._parse_to  # of `Module.to`; out of reach for a function mode
 

@@ -6,7 +6,10 @@ Activations are (N, C, ...), statistics (C,) and float.
 
 from __future__ import annotations
 
-from torch import Tensor
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
 
 Optional = Tensor | None
 
@@ -88,6 +91,15 @@ def batch_norm_backward_elemt(
     scale = invstd if weight is None else invstd * weight
     centred_grad = grad.float() - _over_channels(x, sum_dy / total) - centred * slope
     return (centred_grad * _over_channels(x, scale)).to(x.dtype)
+
+
+_forward = nn.SyncBatchNorm.forward
+
+
+def forward(self: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+    """The module's own forward, to which the CPU is a device of the kind that plug-ins add."""
+    with mock.patch.object(torch._C, "_get_privateuse1_backend_name", return_value="cpu"):
+        return _forward(self, x)
 
 
 KERNELS = {
