@@ -20,8 +20,10 @@ from fastddp import hooks, join, torch_face
 from fastddp.agreement import report_failure
 from fastddp.buffers import BufferHook
 from fastddp.compiler import untraced_itself
+from fastddp.distributed_autograd import refuse_distributed_autograd
+from fastddp.logging_data import logging_data
 from fastddp.options import Options
-from fastddp.plan import BucketPlan
+from fastddp.plan import BucketPlan, MiB
 from fastddp.replica import Replica
 
 
@@ -113,6 +115,8 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
                     "static_graph": static_graph,
                     "skip_all_reduce_unused_params": skip_all_reduce_unused_params,
                     "batched_grad_copy": batched_grad_copy,
+                    "bucket_bytes_cap_list": [int(cap * MiB) for cap in bucket_cap_mb_list or ()],
+                    "device_mesh": device_mesh,
                 },
             )
         except ValueError as error:
@@ -162,6 +166,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
     @untraced_itself
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the module, on buffers that are rank 0's where it has any."""
+        refuse_distributed_autograd()
         replica = self._replica
         if self._join_config.enable:
             join.before_forward(self, replica, self._divide_by_initial_world_size)
@@ -374,7 +379,13 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         """Nothing to check: a backward that raised leaves no round open."""
 
     def _get_ddp_logging_data(self) -> dict[str, Any]:
-        return torch_face.logging_data(self._replica)
+        replica = self._replica
+        data = logging_data(
+            self.module, replica.group, replica.options, self.plan(), self.stats().rounds
+        )
+        for hook, _ in self._comm_hooks:
+            data["comm_hook"] = getattr(hook, "__qualname__", type(hook).__qualname__)
+        return data
 
     def _remove_autograd_hooks(self) -> None:
         self._replica.detach()

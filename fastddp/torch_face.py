@@ -1,4 +1,4 @@
-"""What tools read from torch's class by names of its own: attributes, logging data, the reducer."""
+"""What tools read from torch's class by names of its own: attributes and the reducer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from fastddp.plan import MiB
 
 if TYPE_CHECKING:
     from fastddp.replica import Replica
+
+
+_BROADCAST_BUCKET_BYTES = 250 * 1024 * 1024
+"""What torch's class tells those who broadcast a module's state themselves."""
 
 
 class TorchReducer:
@@ -43,27 +47,9 @@ def attributes(replica: Replica) -> dict[str, Any]:
         "named_module_buffers": buffers,
         # Not less than the first bucket that torch.compile assumes, or it refuses.
         "bucket_bytes_cap": max(options.caps_bytes[-1], MiB),
+        "broadcast_bucket_size": _BROADCAST_BUCKET_BYTES,
         "mixed_precision": None,
         "logger": None,
         "reducer": TorchReducer(),
         "_has_rebuilt_buckets": replica.stats().rounds > 0,
-    }
-
-
-def logging_data(replica: Replica) -> dict[str, Any]:
-    """Returns the entries of torch's logging data that have a meaning here.
-
-    ``can_set_static_graph`` has none: Lightning would advise to set what changes nothing.
-    """
-    stats, group = replica.stats(), replica.group
-    module = replica.module
-    return {
-        "module_name": type(module).__name__,
-        "world_size": 1 if group is None else group.size(),
-        "rank": 0 if group is None else group.rank(),
-        "iteration": stats.rounds,
-        "bucket_sizes": ", ".join(
-            str(bucket.numel * bucket.dtype.itemsize) for bucket in replica.plan().buckets
-        ),
-        "total_parameter_size_bytes": sum(p.nbytes for p in module.parameters()),
     }
