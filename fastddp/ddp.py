@@ -138,6 +138,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
     def _init_state(self) -> None:
         self._divide_by_initial_world_size = True
         self._comm_hooks: list[tuple[Callable[..., Any], object]] = []
+        self._comm_hook_name: str | None = None
 
     @staticmethod
     def _find_group(group: ProcessGroup | None, device_mesh: Any = None) -> ProcessGroup | None:
@@ -285,10 +286,12 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         hooks.check(hook)
         self._set_hook(lambda bucket: hook(state, bucket))
         self._comm_hooks = [*self._comm_hooks, (hook, state)]
+        self._comm_hook_name = getattr(hook, "__qualname__", type(hook).__qualname__)
 
     def _register_builtin_comm_hook(self, comm_hook_type: Any) -> None:
         """Has gradients averaged, or compressed to 16 bits and averaged, as torch's enum says."""
         self._set_hook(hooks.builtin(comm_hook_type, lambda: self._replica.live_group))
+        self._comm_hook_name = str(comm_hook_type)
 
     def _set_hook(self, hook: hooks.CommHook) -> None:
         if self._replica.hook is not None:
@@ -383,8 +386,8 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         data = logging_data(
             self.module, replica.group, replica.options, self.plan(), self.stats().rounds
         )
-        for hook, _ in self._comm_hooks:
-            data["comm_hook"] = getattr(hook, "__qualname__", type(hook).__qualname__)
+        if self._comm_hook_name is not None:
+            data["comm_hook"] = self._comm_hook_name
         return data
 
     def _remove_autograd_hooks(self) -> None:

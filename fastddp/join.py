@@ -12,6 +12,7 @@ same order:
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.distributed import ReduceOp
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
@@ -50,10 +51,16 @@ class ReplicaJoinHook(JoinHook):
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
+        self._own: dict[nn.Parameter, torch.Tensor | None] | None = (
+            None  # gradients, once it is out
+        )
 
     def main_hook(self) -> None:
         """Takes part in a forward and backward of the other ranks."""
         replica = self._replica
+        if self._own is None:
+            grads = {param: param.grad for param in replica.module.parameters()}
+            self._own = {p: None if grad is None else grad.clone() for p, grad in grads.items()}
         buffers = replica.buffers_due()
         if buffers:
             replica.broadcast_buffers(buffers, root=_common_rank(replica, has_inputs=False))
@@ -66,6 +73,8 @@ class ReplicaJoinHook(JoinHook):
         """Gives every rank the model of one that has seen all inputs."""
         replica = self._replica
         replica.divisor = None
+        for param, grad in (self._own or {}).items():
+            param.grad = grad  # or the next backward would add to that of the others
         replica.broadcast_model(root=_common_rank(replica, has_inputs=is_last_joiner))
 
 

@@ -98,10 +98,9 @@ class Oracle:
             if index in state.left:  # it may count as a use or not
                 state.maybe_left.add(index)
         self._must_have_the_bits(rank, step, index, want)
-        if want is None and index in state.left:
-            # It was thrown away, so it should be no use any more: test_found_by_properties.py,
-            # test_what_no_sync_left_and_zero_grad_threw_away_is_no_use_of_the_parameter.
-            state.maybe_left.add(index)
+        if want is None:  # thrown away, what was left is no use any more
+            state.left.discard(index)
+            state.maybe_left.discard(index)
 
     # ---- backwards -------------------------------------------------------------------------------
 
@@ -179,6 +178,7 @@ class Oracle:
             more = any(arrivals[index] > state.most[index] for index in self._indices)
             assert operation.sync, f"rank {rank}: {error}"
             assert more, f"rank {rank}: {error}, but there were as many before"
+            assert state.rounds, f"rank {rank}: {error}, but no round was completed before"
         elif error:
             assert operation.stop is not None, f"rank {rank}: {error}"
             assert operation.stop[0] == rank, f"rank {rank}: {error}"

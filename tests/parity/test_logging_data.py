@@ -28,7 +28,7 @@ def logging_data_of_both(rank: int, world_size: int, engine: str) -> None:
         assert sum(map(int, sizes.split(", "))) == sum(map(int, want_sizes.split(", ")))
         for name in set(got) & set(want):
             assert got[name] == want[name], (name, got[name], want[name], options)
-        assert set(got) - set(want) == {"can_set_static_graph", "static_graph"}
+        assert set(got) - set(want) == {"static_graph"}
 
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
     assert fastddp.DistributedDataParallel(convert(model()))._get_ddp_logging_data()["has_sync_bn"]

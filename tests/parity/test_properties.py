@@ -45,9 +45,6 @@ EXAMPLES = int(os.environ.get("FASTDDP_PROPERTY_EXAMPLES", "0"))
 PROGRAMS_PER_EXAMPLE = 8
 """At most; a failing example shrinks to one."""
 
-KNOWN_TO_FAIL = ("none", "inputs x")
-"""Left out until test_found_by_properties.py has no xfail for them any more."""
-
 # float32 is the one that most bits can be wrong in by the native engine's own loops.
 DTYPES = (
     *(torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -69,7 +66,7 @@ def programs(draw: st.DrawFn, world_size: int) -> Program:
     indices = st.integers(0, len(params) - 1)
     term = st.builds(
         Term,
-        use=st.sampled_from([use for use in USES if use not in KNOWN_TO_FAIL]),
+        use=st.sampled_from(USES),
         param=indices,
         other=indices,
         checkpointing=st.sampled_from(["no", "no", "no", "reentrant", "not reentrant"]),
@@ -100,7 +97,7 @@ def operations(draw: st.DrawFn, world_size: int, params: list[Param], num_terms:
         return Assign(draw(st.integers(0, len(params) - 1)), odd=draw(st.booleans()))
     if kind is Alone:
         calls = ["forward", "no_grad", "grad of params", "grad of x", "inputs x"]
-        what = st.sampled_from([call for call in calls if call not in KNOWN_TO_FAIL])
+        what = st.sampled_from(calls)
         # The first parameter always requires a gradient, so that there is one to ask for.
         chosen = (0, *_several(draw, st.integers(0, num_terms - 1), 0, 5))
         return Alone(draw(st.integers(0, world_size - 1)), draw(what), chosen)
