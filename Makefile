@@ -15,18 +15,21 @@ CXX_FILES := $(wildcard csrc/*/* tests/cpp/*)
 CMAKE := $(or $(shell command -v cmake),$(abspath $(BIN))/cmake)
 CTEST := $(dir $(CMAKE))ctest
 
-.PHONY: help demo test build lint format cpp-test san bench clean
+.PHONY: help demo test test-clients build lint format cpp-test san bench clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.built  ## train a real model on two processes, compared with torch's DDP
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.built  ## run the tests, with both engines
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-clients: $(VENV)/.clients  ## train with Accelerate, Trainer and Lightning, compared with torch's DDP
+	FASTDDP_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest tests/clients $(TEST_ARGS)
 
 build: $(VENV)/.built  ## install the package in place and compile its extension
 
@@ -62,7 +65,7 @@ bench: $(VENV)/.built  ## measure against torch's DDP on this machine
 
 clean:  ## remove what was built, but not $(VENV)
 	rm -rf build dist *.egg-info fastddp/_build_info.py fastddp/_C.*.so
-	rm -f $(VENV)/.built $(VENV)/.dev
+	rm -f $(VENV)/.built $(VENV)/.dev $(VENV)/.clients
 
 comma := ,
 
@@ -75,6 +78,10 @@ $(TORCH_STAMP): | $(BIN)/python
 
 $(VENV)/.built: $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PIP) --no-build-isolation --editable ".[test,examples]"
+	@touch $@
+
+$(VENV)/.clients: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable ".[clients]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.built
