@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 
 from fastddp.collectives import gather_if_different
 from fastddp.errors import MismatchError
-from fastddp.plan import MiB
 
 _DTYPES = (
     torch.float32,
@@ -83,14 +82,14 @@ def check_module(module: nn.Module) -> None:
 
 
 def agree_on_module(
-    group: ProcessGroup, module: nn.Module, caps_bytes: Sequence[int], check: Callable[[], None]
+    group: ProcessGroup, module: nn.Module, settings: Mapping[str, str], check: Callable[[], None]
 ) -> None:
     """Checks the module here and compares it with the other ranks'.
 
     Args:
         group: the ranks.
         module: this rank's.
-        caps_bytes: of its buckets.
+        settings: what else must be alike, by name.
         check: raises ValueError or RuntimeError if it cannot be wrapped here.
 
     Raises:
@@ -103,7 +102,7 @@ def agree_on_module(
     except (ValueError, RuntimeError) as error:
         report_failure(group, error)
         raise
-    by_rank = gather_if_different(group, list(_describe(module, caps_bytes)))
+    by_rank = gather_if_different(group, list(_describe(module, settings)))
     if by_rank is not None:
         raise MismatchError(_explain(by_rank))
 
@@ -114,9 +113,9 @@ def report_failure(group: ProcessGroup | None, error: Exception) -> None:
         gather_if_different(group, _Problem(f"{type(error).__name__}: {error}"))
 
 
-def _describe(module: nn.Module, caps_bytes: Sequence[int]) -> Iterator[_Item]:
+def _describe(module: nn.Module, settings: Mapping[str, str]) -> Iterator[_Item]:
     ignored = ignored_names(module)
-    yield _Item("bucket caps", ", ".join(f"{cap / MiB:g} MiB" for cap in caps_bytes))
+    yield from (_Item(name, value) for name, value in settings.items())
     for kind, tensors in (
         ("parameter", module.named_parameters()),
         ("buffer", module.named_buffers()),

@@ -6,6 +6,7 @@ also one that torch's registry does not know.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import time
@@ -74,6 +75,25 @@ def settle(loans: Iterable[Loan], timeout_s: float = 1.0) -> None:
     for loan in loans:
         while not loan.is_settled() and time.monotonic() < deadline:
             time.sleep(0)
+
+
+@contextlib.contextmanager
+def without_context() -> Iterator[None]:
+    """Hides Python's context variables from what a collective copies of the thread's state.
+
+    During a backward, torch keeps them in thread-local state, and a collective copies that into its
+    work. The transport's thread often frees the last copy, for which it needs the GIL; if the
+    interpreter is ending just then, the process aborts.
+    """
+    if not torch._C._is_key_in_tls("context"):
+        yield
+        return
+    context = torch._C._get_obj_in_tls("context")
+    torch._C._remove_obj_from_tls("context")
+    try:
+        yield
+    finally:
+        torch._C._stash_obj_in_tls("context", context)
 
 
 class BroadcastBuffer:

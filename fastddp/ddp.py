@@ -48,6 +48,9 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         forward_sync_buffers: False leaves them alone before every forward only.
         bucket_cap_mb: MiB per bucket, 25 by default after a first one of 1.
         bucket_cap_mb_list: MiB per bucket, one by one; the last serves all further ones.
+        mixed_precision: see :mod:`fastddp.mixed_precision`.
+        delay_all_reduce_named_params: see :mod:`fastddp.delayed`.
+        param_to_hook_all_reduce: see there.
         engine: ``"native"`` or ``"python"``; by default see :func:`fastddp.engine.choose`.
 
     Raises:
@@ -88,13 +91,6 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         *,
         engine: str | None = None,
     ) -> None:
-        for name, value in (
-            ("delay_all_reduce_named_params", delay_all_reduce_named_params),
-            ("param_to_hook_all_reduce", param_to_hook_all_reduce),
-            ("mixed_precision", mixed_precision),
-        ):
-            if value is not None:
-                _refuse(f"the argument {name}")
         group = self._find_group(process_group, device_mesh)
         try:
             options = Options.of(
@@ -106,6 +102,9 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
                 broadcast_buffers=broadcast_buffers,
                 forward_sync_buffers=forward_sync_buffers,
                 init_sync=init_sync,
+                mixed_precision=mixed_precision,
+                delay_all_reduce_named_params=delay_all_reduce_named_params,
+                param_to_hook_all_reduce=param_to_hook_all_reduce,
                 engine=engine,
                 unused={
                     "dim": dim,
@@ -176,7 +175,10 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         if replica.options.device_ids:
             moved, moved_kwargs = _to_kwargs(inputs, kwargs, replica.options.device_ids[0], True)
             inputs, kwargs = moved[0], moved_kwargs[0]
-        output = self._run_ddp_forward(*inputs, **kwargs)
+        if replica.low_precision is None:
+            output = self._run_ddp_forward(*inputs, **kwargs)
+        else:
+            output = replica.low_precision.run(self._run_ddp_forward, inputs, kwargs)
         replica.after_forward(output)
         return output
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,17 @@ class GradBucket:
             _view(self._buffer, param, offset)
             for param, offset in zip(self._params, self._offsets, strict=True)
         ]
+
+
+class BucketRunner(Protocol):
+    """Communicates buckets: a hook of the user's, or one of our own."""
+
+    def start(self, bucket: GradBucket) -> Wait:
+        """Starts with a bucket; called for each of a round, on every rank in the same order.
+
+        Returns:
+            A function that waits, and puts the reduced gradients where the gradients were.
+        """
 
 
 class HookRunner:

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel.distributed import _MixedPrecision
 
+from fastddp.delayed import Delay
 from fastddp.plan import MiB
 
 _DEFAULT_CAPS_MB = (1.0, 25.0)
@@ -34,6 +36,8 @@ class Options:
     init_sync: bool
     init_sync_buffers: bool
     forward_sync_buffers: bool
+    mixed_precision: _MixedPrecision | None
+    delay: Delay | None
     engine: str | None
     unused: dict[str, Any]
     """Arguments of torch's that change nothing, kept for tools that read them back."""
@@ -50,15 +54,19 @@ class Options:
         broadcast_buffers: bool | None,
         forward_sync_buffers: bool | None,
         init_sync: bool,
+        mixed_precision: _MixedPrecision | None,
+        delay_all_reduce_named_params: Sequence[tuple[str, nn.Parameter]] | None,
+        param_to_hook_all_reduce: nn.Parameter | None,
         engine: str | None,
         unused: Mapping[str, Any],
     ) -> Options:
         """Returns the options that torch's arguments amount to.
 
         Raises:
-            ValueError: if a cap or a device is unfit.
+            ValueError: if a cap, a device, a dtype or a delayed parameter is unfit.
         """
         ids, output = _devices(module, device_ids, output_device)
+        _check_mixed_precision(mixed_precision)
         # broadcast_buffers=False stops both, forward_sync_buffers=False only the one of forward.
         both = broadcast_buffers is not False
         return cls(
@@ -68,9 +76,41 @@ class Options:
             init_sync=init_sync,
             init_sync_buffers=both or forward_sync_buffers is not None,
             forward_sync_buffers=both if forward_sync_buffers is None else forward_sync_buffers,
+            mixed_precision=mixed_precision,
+            delay=Delay.of(module, delay_all_reduce_named_params, param_to_hook_all_reduce),
             engine=engine,
             unused=dict(unused),
         )
+
+    def to_agree_on(self) -> dict[str, str]:
+        """Returns what all ranks must have alike, in words."""
+        return {
+            "bucket caps": ", ".join(f"{cap / MiB:g} MiB" for cap in self.caps_bytes),
+            "mixed precision": str(self.mixed_precision),
+            "the delay of all-reduces": str(self.delay),
+        }
+
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        """In which gradients are averaged; None for their own."""
+        mixed = self.mixed_precision
+        return None if mixed is None else mixed.reduce_dtype or mixed.param_dtype
+
+
+def _check_mixed_precision(mixed: object) -> None:
+    if mixed is None:
+        return
+    if not isinstance(mixed, _MixedPrecision):
+        raise ValueError(
+            "fastddp: mixed_precision must be a torch.nn.parallel.distributed._MixedPrecision, got"
+            f" {type(mixed).__module__}.{type(mixed).__qualname__}"
+        )
+    for name in ("param_dtype", "reduce_dtype", "buffer_dtype"):
+        dtype = getattr(mixed, name)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(
+                f"fastddp: mixed_precision.{name} must be a floating-point dtype, got {dtype!r}"
+            )
 
 
 def _caps(cap_mb: float | None, caps_mb: Sequence[float] | None) -> tuple[int, ...]:

@@ -18,11 +18,14 @@ from fastddp.agreement import agree_on_module, check_module, ignored_names
 from fastddp.buffers import BufferHook, Buffers
 from fastddp.collectives import broadcast_tensors
 from fastddp.compiler import refuse_compiled_autograd, untraced
+from fastddp.delayed import DelayedReducer
 from fastddp.engine.python import RoundStats
-from fastddp.hooks import CommHook, HookRunner
+from fastddp.hooks import BucketRunner, CommHook, HookRunner
+from fastddp.mixed_precision import LowPrecision, cast_buffers
 from fastddp.options import Options
 from fastddp.outputs import tensors_in
 from fastddp.plan import BucketPlan
+from fastddp.reduce_dtype import ReduceInDtype
 
 _log = logging.getLogger("fastddp")
 
@@ -40,6 +43,9 @@ class Replica:
         self.options = options
         self.module = module
         self.buffers = Buffers(module)
+        mixed = options.mixed_precision
+        param_dtype = None if mixed is None else mixed.param_dtype
+        self.low_precision = None if param_dtype is None else LowPrecision(module, param_dtype)
         self.sync_buffers_next = True
         self.num_accumulated = 0  # micro-batches since the latest step, see fastddp.accumulate
         self._set_group(group)
@@ -47,6 +53,7 @@ class Replica:
         self._divisor: float | None = None
         self.hook: CommHook | None = None
         self._reducer: engines.Reducer | None = None
+        self._delayed: DelayedReducer | None = None
         self._hooked: dict[nn.Parameter, tuple[torch.dtype, torch.device]] = {}
         self._stepping: list[nn.Parameter] = []  # have optimizers that step in backward
         self._unused_logged = False
@@ -72,9 +79,12 @@ class Replica:
         """
         if self._alone or not self.options.init_sync:
             self._check()
-            return
-        agree_on_module(self.live_group, self.module, self.options.caps_bytes, self._check)
-        self.broadcast_model(with_buffers=self.options.init_sync_buffers)
+        else:
+            agree_on_module(self.live_group, self.module, self.options.to_agree_on(), self._check)
+            self.broadcast_model(with_buffers=self.options.init_sync_buffers)
+        mixed = self.options.mixed_precision
+        if mixed is not None and mixed.buffer_dtype is not None:
+            cast_buffers(self.module, mixed.buffer_dtype)
 
     def _check(self) -> None:
         check_module(self.module)
@@ -99,8 +109,8 @@ class Replica:
         group = self.group
         if group is None:
             return
-        ignored, sparse = self.ignored, _sparse_parameters(self.module)
-        named = {name: p for name, p in self.module.named_parameters() if name not in ignored}
+        elsewhere, sparse = self.ignored | self.delayed, _sparse_parameters(self.module)
+        named = {name: p for name, p in self.module.named_parameters() if name not in elsewhere}
         # Once hooked, for ever: else two halves of a model that train in turns would have it hooked
         # anew at each turn.
         hooked = {name: p for name, p in named.items() if p.requires_grad or p in self._hooked}
@@ -117,11 +127,14 @@ class Replica:
             self.options.caps_bytes,
         )
         self._hooked = {param: (param.dtype, param.device) for param in params}
-        self._reducer.sync = self._sync
+        if self.options.delay is not None:
+            self._delayed = DelayedReducer(self.options.delay, self.module, group)
+        self.sync = self._sync
         if self._divisor is not None:
-            self._reducer.set_divisor(self._divisor)
-        if self.hook is not None:
-            self._reducer.set_hook(self._hook_runner())
+            self.divisor = self._divisor
+        runner = self._runner()
+        if runner is not None:
+            self._reducer.set_hook(runner)
         self._stepping = optim_in_backward.take_over(params)
         self._watch_rounds()
 
@@ -142,6 +155,8 @@ class Replica:
         """Unhooks the parameters, for good."""
         if self._reducer is not None:
             self._reducer.close()
+        if self._delayed is not None:
+            self._delayed.close()
 
     def move_to(self, group: ProcessGroup) -> None:
         """Averages over the ranks of another group from now on."""
@@ -163,6 +178,8 @@ class Replica:
         self._sync = value
         if self._reducer is not None:
             self._reducer.sync = value
+        if self._delayed is not None:
+            self._delayed.sync = value
 
     @untraced
     def before_forward(self) -> None:
@@ -199,7 +216,10 @@ class Replica:
         refuse_compiled_autograd()
         if self._reducer.outgrown():
             self.reattach()
-        self._reducer.watch(list(tensors_in(output)))
+        outputs = list(tensors_in(output))
+        self._reducer.watch(outputs)
+        if self._delayed is not None:
+            self._delayed.watch(outputs)  # second: its collectives follow the reducer's
 
     def _end_round(self) -> None:
         """Does what has to follow the averaging."""
@@ -275,13 +295,19 @@ class Replica:
         if self._reducer is None:
             self.attach()  # a world of one: its hook may be one that steps an optimizer
         else:
-            self._reducer.set_hook(self._hook_runner())
+            self._reducer.set_hook(self._hook_runner(hook))
 
-    def _hook_runner(self) -> HookRunner:
-        assert self.hook is not None
+    def _runner(self) -> BucketRunner | None:
+        """Returns what communicates buckets in place of the all-reduce; None for nothing."""
+        if self.hook is not None:
+            return self._hook_runner(self.hook)
+        dtype = self.options.reduce_dtype
+        return None if dtype is None else ReduceInDtype(dtype, self.live_group)
+
+    def _hook_runner(self, hook: CommHook) -> HookRunner:
         options = getattr(self.live_group._get_backend(self.device), "options", None)
         timeout: timedelta = getattr(options, "_timeout", timedelta(minutes=30))
-        return HookRunner(self.hook, timeout.total_seconds())
+        return HookRunner(hook, timeout.total_seconds())
 
     @property
     def divisor(self) -> float | None:
@@ -292,12 +318,17 @@ class Replica:
     def divisor(self, value: float | None) -> None:
         self._divisor = value
         if self._reducer is not None:
-            self._reducer.set_divisor(float(self.live_group.size()) if value is None else value)
+            divisor = float(self.live_group.size()) if value is None else value
+            self._reducer.set_divisor(divisor)
+            if self._delayed is not None:
+                self._delayed.divisor = divisor
 
     def shadow(self) -> None:
         """Takes part in a round of the other ranks with nothing to add."""
         if self._reducer is not None:
             self._reducer.shadow()
+        if self._delayed is not None:
+            self._delayed.shadow()
 
     # ---- facts -----------------------------------------------------------------------------------
 
@@ -327,6 +358,11 @@ class Replica:
     def ignored(self) -> frozenset[str]:
         """The parameters and buffers that the module asks data parallelism to leave alone."""
         return ignored_names(self.module)
+
+    @property
+    def delayed(self) -> frozenset[str]:
+        """The parameters whose gradients are averaged apart from the others."""
+        return frozenset(() if self.options.delay is None else self.options.delay.names)
 
     def stats(self) -> engines.Stats:
         return self._reducer.stats() if self._reducer is not None else RoundStats()

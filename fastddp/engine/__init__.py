@@ -14,7 +14,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from fastddp import config, extension
-from fastddp.hooks import HookRunner
+from fastddp.hooks import BucketRunner
 from fastddp.plan import BucketPlan
 
 NAMES = ("native", "python")
@@ -64,8 +64,8 @@ class Reducer(Protocol):
     def set_divisor(self, divisor: float) -> None:
         """Sets what gradients are divided by, from the next round on; else the number of ranks."""
 
-    def set_hook(self, hook: HookRunner) -> None:
-        """Hands the buckets to a communication hook in place of the all-reduce.
+    def set_hook(self, hook: BucketRunner) -> None:
+        """Hands the buckets to a communication hook, or the like, in place of the all-reduce.
 
         From the next round on, on every rank. Buckets then hold gradients as they are, without
         gaps, and with rows in order whatever the parameter's strides; a sparse gradient comes as a

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 import fastddp._C as _C
 from fastddp.compiler import untraced
-from fastddp.hooks import GradBucket, HookRunner, Wait
+from fastddp.hooks import BucketRunner, GradBucket, Wait
 from fastddp.plan import Bucket, BucketPlan, Slot
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ class NativeReducer:
         caps_bytes: Sequence[int],
     ) -> None:
         self._params = list(params)
-        self._hook: HookRunner | None = None
+        self._hook: BucketRunner | None = None
         self._reducer = _C.Reducer(
             self._params, list(names), num_sparse, list(frozen), group, list(caps_bytes)
         )
@@ -49,7 +49,7 @@ class NativeReducer:
     def set_divisor(self, divisor: float) -> None:
         self._reducer.set_divisor(divisor)
 
-    def set_hook(self, hook: HookRunner) -> None:
+    def set_hook(self, hook: BucketRunner) -> None:
         # C++ must not own what may own this object: the garbage collector cannot look into C++.
         self._hook = hook
         this = weakref.ref(self)

@@ -26,7 +26,7 @@ import contextlib
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,9 +34,9 @@ import torch
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
-from fastddp.collectives import Loan, settle
+from fastddp.collectives import Loan, settle, without_context
 from fastddp.compiler import refuse_compiled_autograd, untraced
-from fastddp.hooks import GradBucket, HookRunner, Wait
+from fastddp.hooks import BucketRunner, GradBucket, Wait
 from fastddp.plan import (
     PACKED_ALIGN_BYTES,
     SLOT_ALIGN_BYTES,
@@ -134,7 +134,7 @@ class PythonReducer:
         caps_bytes: Sequence[int],
     ) -> None:
         self.sync = True
-        self._hook: HookRunner | None = None
+        self._hook: BucketRunner | None = None
         self._loose_flags: _Memory | None = None  # those that travel in no bucket
         self._memory: list[_Memory] = []
         self._installed = False  # whether these two are the plan's
@@ -181,7 +181,7 @@ class PythonReducer:
     def set_divisor(self, divisor: float) -> None:
         self._divisor = divisor
 
-    def set_hook(self, hook: HookRunner) -> None:
+    def set_hook(self, hook: BucketRunner) -> None:
         self._hook = hook
         self._replan([slot.param for bucket in self._plan.buckets for slot in bucket.slots])
         self._installed = False  # slots and flags lie elsewhere now
@@ -329,7 +329,6 @@ class PythonReducer:
         loose = torch.empty(0)
         if num_loose:
             loose = self._allocate(num_loose, torch.float32)
-            self._loose_flags = _Memory(loose, loose, Loan(loose))
         next_flag = 0
         for index, bucket in enumerate(self._plan.buckets):
             flat = self._allocate(bucket.numel, bucket.dtype)
@@ -338,13 +337,15 @@ class PythonReducer:
             else:
                 flags = loose.narrow(0, next_flag, len(bucket.slots))
                 next_flag += len(bucket.slots)
-            self._memory.append(_Memory(flat, flags, Loan(flat)))
             for nth, slot in enumerate(bucket.slots):
                 view = _make_slot(self._params[slot.param], flat, slot, self._hook is not None)
                 self._places[slot.param] = _Place(index, view, flags[nth])
+            self._memory.append(_Memory(flat, flags, Loan(flat)))  # last: views refer to it too
         for index in range(self._num_dense, len(self._params)):
             self._places[index] = _Place(-1, _empty_sparse(self._params[index]), loose[next_flag])
             next_flag += 1
+        if num_loose:
+            self._loose_flags = _Memory(loose, loose, Loan(loose))
         self._installed = True
         self._stats = replace(
             self._stats, bytes_per_round=self._plan.num_bytes, num_buckets=len(self._memory)
@@ -428,7 +429,7 @@ class PythonReducer:
             current.waits.append(self._start_hook(nth, place.slot, [index], [0]))
 
     def _start_all_reduce(self, tensor: torch.Tensor) -> Wait:
-        with _without_context():
+        with without_context():
             work = self._group().allreduce([tensor])
 
         def wait() -> None:
@@ -494,7 +495,7 @@ class PythonReducer:
         slots = (slot.param for bucket in self._plan.buckets for slot in bucket.slots)
         rest = [index for index in slots if index not in current.taken]
         order = torch.tensor(current.arrival + rest, device=self._params[0].device)
-        with _without_context():
+        with without_context():
             self._agreement = order, self._group().broadcast([order])
         self._order_is_learned = True
 
@@ -560,25 +561,6 @@ class PythonReducer:
         if len(slots) > 1:
             names += f" to '{self._names[slots[-1].param]}'"
         return f"bucket {launch + 1} of {len(self._plan.buckets)} ({names})"
-
-
-@contextlib.contextmanager
-def _without_context() -> Iterator[None]:
-    """Hides Python's context variables from what a collective copies of the thread's state.
-
-    During a backward, torch keeps them in thread-local state, and a collective copies that into its
-    work. The transport's thread often frees the last copy, for which it needs the GIL; if the
-    interpreter is ending just then, the process aborts.
-    """
-    if not torch._C._is_key_in_tls("context"):
-        yield
-        return
-    context = torch._C._get_obj_in_tls("context")
-    torch._C._remove_obj_from_tls("context")
-    try:
-        yield
-    finally:
-        torch._C._stash_obj_in_tls("context", context)
 
 
 def _backward_hook(reducer: weakref.ref[PythonReducer]) -> Callable[[torch.Tensor], None]:

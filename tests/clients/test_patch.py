@@ -62,7 +62,7 @@ def _constructs(rank: int, world_size: int) -> None:
         assert not isinstance(UsersDDP(Ladder()), fastddp.DistributedDataParallel)
         assert _is_ours(fastddp.DistributedDataParallel(Ladder()))
         assert isinstance(fastddp.wrap(Ladder()), fastddp.DistributedDataParallel)
-        with pytest.raises(NotImplementedError, match="mixed_precision"):
+        with pytest.raises(ValueError, match="mixed_precision"):
             TorchDDP(Ladder(), mixed_precision=object())
         assert type(TorchDDP(Ladder(), process_group=None)) is fastddp.DistributedDataParallel
     assert type(TorchDDP(Ladder())) is TorchDDP
