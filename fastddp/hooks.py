@@ -227,5 +227,5 @@ def builtin(kind: Any, group: Callable[[], ProcessGroup]) -> CommHook:
     }
     if kind not in known:
         raise ValueError(f"fastddp: {kind!r} is not one of {', '.join(map(str, known))}")
-    hook = known[kind]
+    hook: Any = known[kind]  # takes any bucket that has the methods
     return lambda bucket: hook(group(), bucket)
