@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from fastddp.compiler import untraced
 
+
+@untraced
 def refuse_distributed_autograd() -> None:
     """Raises inside ``torch.distributed.autograd.context()``, when gradients are recorded.
 

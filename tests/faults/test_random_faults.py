@@ -131,6 +131,7 @@ def train(model: nn.Module, events: Events, steps: int = STEPS) -> None:
 
 
 def _lose_a_rank(rank: int, world_size: int, fault: Fault, engine: str) -> Survived:
+    tempfile.tempdir = None  # the fork server may have found another
     assert tempfile.gettempdir() == os.environ["TMPDIR"], "else what is left would not be seen"
     pids = [0] * world_size
     dist.all_gather_object(pids, os.getpid())
