@@ -1,4 +1,4 @@
-"""Five models, each of which stresses another part of a gradient synchroniser.
+"""Six models, each of which stresses another part of a gradient synchroniser.
 
 Data is random and made from (rank, step) alone, so that every variant sees the same batches and
 nothing is downloaded.
@@ -205,6 +205,24 @@ def draw_tiny(generator: torch.Generator) -> Batch:
     )
 
 
+# unused -------------------------------------------------------------------------------------------
+
+
+class PartlyUnused(Tiny):
+    """The same parameters, of which every step leaves out three in ten, always the same.
+
+    `has_unused` tells the variants of torch's class that need to be told.
+    """
+
+    has_unused = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            if number % 10 < 7:
+                x = x + layer(x)
+        return x
+
+
 MODELS = {
     model.name: model
     for model in (
@@ -236,6 +254,12 @@ MODELS = {
             name="tiny",
             stresses="bookkeeping: 2,000 parameters, 1 MB in all",
             make=Tiny,
+            draw=draw_tiny,
+        ),
+        Model(
+            name="unused",
+            stresses="bookkeeping, with 30 % of the same parameters unused",
+            make=PartlyUnused,
             draw=draw_tiny,
         ),
     )

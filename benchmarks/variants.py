@@ -54,7 +54,11 @@ def torch_ddp(
     module: nn.Module, groups: Groups, *, view: bool = False, static: bool = False
 ) -> nn.Module:
     return TorchDDP(
-        module, process_group=groups.real, gradient_as_bucket_view=view, static_graph=static
+        module,
+        process_group=groups.real,
+        gradient_as_bucket_view=view,
+        static_graph=static,
+        find_unused_parameters=_has_unused(module) and not static,
     )
 
 
@@ -64,9 +68,19 @@ def torch_silent(module: nn.Module, groups: Groups, *, view: bool = False) -> nn
     The hook is needed because a silent group's future carries no tensors, and torch's own path
     insists on them.
     """
-    ddp = TorchDDP(module, process_group=groups.silent, gradient_as_bucket_view=view)
+    ddp = TorchDDP(
+        module,
+        process_group=groups.silent,
+        gradient_as_bucket_view=view,
+        find_unused_parameters=_has_unused(module),
+    )
     ddp.register_comm_hook(None, _return_at_once)
     return ddp
+
+
+def _has_unused(module: nn.Module) -> bool:
+    """Whether torch's class has to be told that a step leaves parameters out."""
+    return getattr(module, "has_unused", False)
 
 
 def _return_at_once(
