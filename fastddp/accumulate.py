@@ -13,7 +13,8 @@ def accumulate(model: DistributedDataParallel, steps: int, *, last: bool = False
     """Averages gradients over ranks in every ``steps``-th use only, and says when.
 
     Put it around the backward of each micro-batch, whether or not the forward is inside. Gradients
-    add up: divide the loss by ``steps`` for their mean. A block that raises does not count.
+    add up: divide the loss by ``steps`` for their mean. A block that raises counts like any other:
+    the other ranks, where it did not, go on.
 
     Args:
         model: what :func:`fastddp.wrap` returned, or a :class:`DistributedDataParallel`.
@@ -48,6 +49,6 @@ def accumulate(model: DistributedDataParallel, steps: int, *, last: bool = False
     replica = model._replica
     count = replica.num_accumulated + 1
     complete = last or count >= steps
+    replica.num_accumulated = 0 if complete else count
     with nullcontext() if complete else model.no_sync():
         yield complete
-    replica.num_accumulated = 0 if complete else count

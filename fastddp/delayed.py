@@ -149,6 +149,7 @@ class DelayedReducer:
         if not ok:
             # The other ranks wait for this one. The backward's own exception says more than one of
             # these.
+            self._abandoned = [loan for loan in self._abandoned if not loan.is_settled()]
             with contextlib.suppress(Exception):
                 self._abandoned += [flat.loan for flat in self._flats()]
             return

@@ -119,6 +119,8 @@ class HookRunner:
             RuntimeError: if the hook returns something that is no future.
         """
         gradients = bucket.buffer()
+        if bucket.index() == 0:  # of another plan, perhaps
+            self._loans = {n: loan for n, loan in self._loans.items() if not loan.is_settled()}
         self._loans[bucket.index()] = Loan(gradients)
         if self._await_latest is not None:
             self._await_latest()

@@ -33,12 +33,14 @@ def before_forward(joinable: Joinable, replica: Replica, by_initial_world_size: 
     Raises:
         RuntimeError: if another rank has run out and the context is told to stop then.
     """
+    replica.begin()
     work = Join.notify_join_context(joinable)
     if work is not None and not by_initial_world_size:
         replica.divisor = work.get_future().wait()[0].item()
     buffers = replica.buffers_due()
     if buffers:
         replica.broadcast_buffers(buffers, root=_common_rank(replica, has_inputs=True))
+    replica.decides_at_forward = True  # the ranks that have run out are told now
     _agree_to_sync(replica, replica.sync)
 
 
@@ -73,6 +75,7 @@ class ReplicaJoinHook(JoinHook):
         """Gives every rank the model of one that has seen all inputs."""
         replica = self._replica
         replica.divisor = None
+        replica.decides_at_forward = False
         for param, grad in (self._own or {}).items():
             param.grad = grad  # or the next backward would add to that of the others
         replica.broadcast_model(root=_common_rank(replica, has_inputs=is_last_joiner))

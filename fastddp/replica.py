@@ -58,6 +58,8 @@ class Replica:
         self._stepping: list[nn.Parameter] = []  # have optimizers that step in backward
         self._unused_logged = False
         self._began = False
+        self._decides_at_forward = False
+        self._detached = False
         self.buffer_hook: BufferHook | None = None
         self._buffer_futures: list[torch.futures.Future[Any]] = []
 
@@ -148,11 +150,16 @@ class Replica:
 
     def reattach(self) -> None:
         """Hooks the parameters anew; on every rank before the same backward."""
-        self.detach()
-        self.attach()
+        if not self._detached:
+            self._unhook()
+            self.attach()
 
     def detach(self) -> None:
-        """Unhooks the parameters, for good."""
+        """Unhooks the parameters, for good: their gradients are this rank's own from now on."""
+        self._unhook()
+        self._detached = True
+
+    def _unhook(self) -> None:
         if self._reducer is not None:
             self._reducer.close()
         if self._delayed is not None:
@@ -161,7 +168,7 @@ class Replica:
     def move_to(self, group: ProcessGroup) -> None:
         """Averages over the ranks of another group from now on."""
         self._set_group(group)
-        self.detach()
+        self._unhook()
         self._reducer = None
         self.attach()
 
@@ -176,16 +183,34 @@ class Replica:
     @untraced
     def sync(self, value: bool) -> None:
         self._sync = value
+        if not self._decides_at_forward:
+            self._tell_sync()
+
+    def _tell_sync(self) -> None:
         if self._reducer is not None:
-            self._reducer.sync = value
+            self._reducer.sync = self._sync
         if self._delayed is not None:
-            self._delayed.sync = value
+            self._delayed.sync = self._sync
+
+    @property
+    def decides_at_forward(self) -> bool:
+        """Whether a backward averages that is in sync when this is set, not when it begins.
+
+        For `join`, where ranks that have run out of inputs are told at the forward.
+        """
+        return self._decides_at_forward
+
+    @decides_at_forward.setter
+    def decides_at_forward(self, value: bool) -> None:
+        self._decides_at_forward = value
+        self._tell_sync()
 
     @untraced
     def before_forward(self) -> None:
         """Gives every rank rank 0's buffers, unless the forward before was not synchronised."""
-        if not self._began:
-            self._begin()
+        self.begin()
+        if self._decides_at_forward:  # a join that ended early
+            self.decides_at_forward = False
         hook = self.buffer_hook
         if hook is not None and not hook.before_forward:
             return
@@ -195,8 +220,10 @@ class Replica:
         elif buffers:
             self.broadcast_buffers(buffers)
 
-    def _begin(self) -> None:
-        """Takes over optimizers that parameters got after they were wrapped."""
+    def begin(self) -> None:
+        """Takes over, at the first forward, optimizers that parameters got after wrapping."""
+        if self._began:
+            return
         self._began = True
         if self._reducer is not None:
             self._stepping = optim_in_backward.take_over(self._hooked)
@@ -325,7 +352,7 @@ class Replica:
 
     def shadow(self) -> None:
         """Takes part in a round of the other ranks with nothing to add."""
-        if self._reducer is not None:
+        if self._reducer is not None and self._hooked:  # not if all of them are delayed
             self._reducer.shadow()
         if self._delayed is not None:
             self._delayed.shadow()

@@ -175,6 +175,7 @@ void Reducer::close() {
     if (param.accumulator) param.accumulator->del_post_hook(param.hook);
     param.accumulator.reset();
   }
+  closed_ = true;
 }
 
 Stats Reducer::stats() const {
@@ -205,7 +206,7 @@ void Reducer::on_backward() {
   const std::lock_guard lock(mutex_);
   const c10::NoGradGuard no_grad;
   const auto trains = [](const Param& param) { return param.variable.requires_grad(); };
-  if (round_ || !sync_ || std::none_of(params_.begin(), params_.end(), trains)) return;
+  if (closed_ || round_ || !sync_ || std::none_of(params_.begin(), params_.end(), trains)) return;
   begin_round(false);
   queue_end();
 }
@@ -233,12 +234,12 @@ void Reducer::finish_round() {
     const auto start = std::chrono::steady_clock::now();
     for (std::size_t launch = 0; launch < round_->waits.size(); ++launch) wait_for(launch);
     stats_.wait_us_last = us_since(start);
+    hand_out();
   } catch (...) {
     round_.reset();
     installed_ = false;  // a collective may still write to the buckets
     throw;
   }
-  hand_out();
   stats_.wait_us_total += stats_.wait_us_last;
   ++stats_.rounds;
   round_.reset();
@@ -406,6 +407,7 @@ void Reducer::add_bystander(std::size_t index) {
   at::Tensor old = grad;
   const bool accumulated = !round_->is_shadow && is_accumulated(param, grad);
   const bool is_dense = index < num_dense();
+  if (is_dense && grad.defined() && grad.is_sparse()) grad = grad.to_dense();
   // The reduction overwrites the slot. If no rank has a new gradient the old must come back bit for
   // bit.
   if (is_dense && grad.defined() && !accumulated && grad.is_alias_of(param.slot))
@@ -519,9 +521,13 @@ void Reducer::replan(const std::vector<std::int64_t>& order) {
 at::Tensor Reducer::allocate(std::int64_t numel, at::ScalarType dtype) const {
   const at::Device device = params_.front().variable.device();
   const auto options = at::TensorOptions().dtype(dtype).device(device);
-  const auto backend = group()->getBackend(device.type());
-  if (backend->supportsTensorAlloc(device.index()))
-    return backend->allocateTensor(numel, options).zero_();
+  const auto owner = group();
+  try {
+    const auto backend = owner->getBackend(device.type());
+    if (backend->supportsTensorAlloc(device.index()))
+      return backend->allocateTensor(numel, options).zero_();
+  } catch (const c10::Error&) {  // not ready for it, as NCCL before its first collective
+  }
   return at::zeros({numel}, options);
 }
 

@@ -7,7 +7,7 @@
 //                         are full, in plan order
 //   end of backward    -> finish_round(): launch what is left, wait, make each `.grad` the reduced
 //                         slot
-//   backward raised    -> abandon_round(): launch what is left and wait for nothing
+//   backward raised    -> abandon_round(): launch what is left and wait for nothing but hooks
 //
 // Invariants, each with the test that guards it:
 // * A round begins when backward reaches an output of forward, or at the first gradient if there is
@@ -208,6 +208,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   Hook hook_;
   std::function<void()> after_round_;
   std::vector<BucketPlan> plan_;
+  bool closed_ = false;
   bool installed_ = false;  // whether the next three are the plan's
   std::vector<Bucket> buckets_;
   at::Tensor loose_flags_;  // those that travel in no bucket; undefined if there are none

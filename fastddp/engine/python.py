@@ -8,7 +8,7 @@ One synchronised backward is a *round*. Its life:
   are full, in plan order.
 * end of backward: ``_finish_round`` launches what is left, waits, and makes each ``.grad`` the
   reduced slot.
-* backward raised: ``_abandon_round`` launches what is left and waits for nothing.
+* backward raised: ``_abandon_round`` launches what is left and waits for nothing but hooks.
 
 A round begins when backward reaches an output of forward, or at the first gradient if there is no
 such output. The former is the same on every rank, whatever parameters it goes on to reach, and is
@@ -134,6 +134,7 @@ class PythonReducer:
         caps_bytes: Sequence[int],
     ) -> None:
         self.sync = True
+        self._closed = False
         self._hook: BucketRunner | None = None
         self._loose_flags: _Memory | None = None  # those that travel in no bucket
         self._memory: list[_Memory] = []
@@ -201,6 +202,7 @@ class PythonReducer:
         return self._unused
 
     def close(self) -> None:
+        self._closed = True
         for hook in self._hooks:
             hook.remove()
 
@@ -219,7 +221,7 @@ class PythonReducer:
 
     @torch.no_grad()
     def _on_backward(self) -> None:
-        if self._round is not None or not self.sync or not self._accumulates():
+        if self._closed or self._round is not None or not self.sync or not self._accumulates():
             return
         if any(param.requires_grad for param in self._params):
             self._round = self._begin_round()
@@ -230,7 +232,9 @@ class PythonReducer:
         if self._round is None:
             if not self.sync:
                 grad = self._params[index].grad
-                assert grad is not None
+                if grad is None:  # a hook of the user's has taken it
+                    self._accumulated.pop(index, None)
+                    return
                 left = torch._C._WeakTensorRef(grad)  # type: ignore[attr-defined]
                 self._accumulated[index] = grad._cdata, left
                 return
@@ -452,6 +456,8 @@ class PythonReducer:
         old = grad
         accumulated = not current.is_shadow and self._is_accumulated(index, grad)
         is_dense = index < self._num_dense
+        if is_dense and grad is not None and grad.is_sparse:
+            grad = grad.to_dense()
         # The reduction overwrites the slot. If no rank has a new gradient the old must come back
         # bit for bit.
         if is_dense and grad is not None and not accumulated and _shares_storage(grad, place.slot):
@@ -534,9 +540,11 @@ class PythonReducer:
     def _allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns zeroed memory, so that the padding between slots sums to zero for ever."""
         device = self._params[0].device
-        backend = self._group()._get_backend(device)
-        if backend.supports_tensor_alloc(device):
-            return backend.allocate_tensor(numel, dtype=dtype, device=device).zero_()
+        group = self._group()
+        with contextlib.suppress(RuntimeError):  # not ready, as NCCL before its first collective
+            backend = group._get_backend(device)
+            if backend.supports_tensor_alloc(device):
+                return backend.allocate_tensor(numel, dtype=dtype, device=device).zero_()
         return torch.zeros(numel, dtype=dtype, device=device)
 
     def _group(self) -> ProcessGroup:

@@ -120,6 +120,26 @@ def test_no_sync_in_the_context(engine: str) -> None:
     assert len(set(run_ranks(_accumulating, 2, engine))) == 1
 
 
+def _decided_at_forward(rank: int, world_size: int, engine: str) -> str:
+    """The forward is outside of `no_sync`, or of `accumulate`: the joined ranks were told then."""
+    model = fastddp.wrap(_build(False), engine=engine)
+    with model.join():
+        for step in range(4 + 4 * rank):
+            total = model(_inputs(rank, step)).sum()
+            with fastddp.accumulate(model, 2):
+                total.backward()
+    assert model.require_backward_grad_sync
+    model.zero_grad()
+    with model.no_sync():
+        model(_inputs(rank, 99)).sum().backward()
+    assert model.stats().rounds == 8, "once more it is decided at backward"
+    return digest(dict(model.state_dict()))
+
+
+def test_in_the_context_the_forward_decides(engine: str) -> None:
+    assert len(set(run_ranks(_decided_at_forward, 2, engine))) == 1
+
+
 def _early_termination(rank: int, world_size: int, engine: str) -> int:
     model = fastddp.wrap(_build(True), engine=engine)
     done = []

@@ -184,6 +184,29 @@ class Surprise(nn.Module):
         return Custom.apply(self.weight)
 
 
+def _surprise_here(rank: int, world_size: int, engine: str) -> None:
+    """On one rank alone, between buckets that the other ranks wait for."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(2, 2), Surprise(), nn.Linear(2, 2)])
+    wrapped = fastddp.wrap(model, engine=engine, bucket_cap_mb=1e-6)
+    for step in range(3):
+        for param in model.parameters():
+            param.grad = None
+        first, surprise, last = model
+        middle = surprise() if rank == 1 and step == 1 else surprise.weight.sum()
+        total = (last(first(torch.ones(1, 2))) * middle).sum()
+        if rank == 1 and step == 1:
+            with pytest.raises(TypeError, match="got a sparse gradient"):
+                total.backward()
+        else:
+            total.backward()
+    assert wrapped.stats().rounds == (2 if rank == 1 else 3)
+
+
+def test_the_other_ranks_do_not_wait_for_one_that_was_refused(engine: str) -> None:
+    run_ranks(_surprise_here, 2, engine)
+
+
 def _surprise(rank: int, world_size: int, engine: str) -> None:
     model = fastddp.wrap(Surprise(), engine=engine)
     with pytest.raises(TypeError, match=rf"rank {rank}: parameter 'weight' got a sparse gradient"):
