@@ -184,7 +184,15 @@ def test_models_have_the_sizes_they_stand_for() -> None:
     assert sizes["mlp"] == 12_595_200
     assert sizes["wide"] > 100_000_000
     assert len(list(MODELS["tiny"].build(0).parameters())) == 2000
-    assert len(sizes) == 5
+    assert sizes["unused"] == sizes["tiny"]
+    assert len(sizes) == 6
+
+
+def test_the_model_with_unused_parameters_leaves_out_three_in_ten() -> None:
+    model = MODELS["unused"]
+    module, batch = model.build(0), model.batch(0, 0)
+    model.loss(module(batch.inputs), batch.targets).backward()
+    assert sum(p.grad is None for p in module.parameters()) == 600
 
 
 def test_a_seed_names_the_weights_and_a_rank_and_step_the_batch() -> None:
