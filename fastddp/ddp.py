@@ -262,8 +262,9 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
             return super().__getattr__(name)
         except AttributeError:
             replica = self.__dict__.get("_replica")
-            if replica is not None and name in torch_face.attributes(replica):
-                return torch_face.attributes(replica)[name]
+            attributes = {} if replica is None else torch_face.attributes(replica)
+            if name in attributes:
+                return attributes[name]
             raise
 
     # ---- customs ---------------------------------------------------------------------------------

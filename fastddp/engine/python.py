@@ -34,6 +34,7 @@ import torch
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
+from fastddp.backward import at_end_of_backward, on_backward
 from fastddp.collectives import Loan, settle, without_context
 from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.hooks import BucketRunner, GradBucket, Wait
@@ -103,24 +104,6 @@ class _Round:
     bystanders: list[_Bystander] = field(default_factory=list)
 
 
-class _RoundEnd:
-    """Lives in the backward's list of callbacks: called at its end, or dropped when it raised."""
-
-    def __init__(self, reducer: PythonReducer) -> None:
-        self._reducer = reducer
-        self._open = True
-
-    @untraced
-    def __call__(self) -> None:
-        self._open = False
-        self._reducer._finish_round()
-
-    @untraced
-    def __del__(self) -> None:
-        if self._open:
-            self._reducer._abandon_round()
-
-
 class PythonReducer:
     """See :class:`fastddp.engine.Reducer`."""
 
@@ -175,9 +158,13 @@ class PythonReducer:
 
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
         this = weakref.ref(self)
-        for output in outputs:
-            if output.requires_grad and not output.is_leaf:
-                output.register_hook(_backward_hook(this))
+
+        def begin() -> None:
+            alive = this()
+            if alive is not None:
+                alive._on_backward()
+
+        on_backward(outputs, begin)
 
     def set_divisor(self, divisor: float) -> None:
         self._divisor = divisor
@@ -322,7 +309,7 @@ class PythonReducer:
         return _Round(is_shadow, missing=[len(bucket.slots) for bucket in self._plan.buckets])
 
     def _queue_end(self) -> None:
-        torch.autograd.Variable._execution_engine.queue_callback(_RoundEnd(self))
+        at_end_of_backward(lambda ok: self._finish_round() if ok else self._abandon_round())
 
     def _install_plan(self) -> None:
         self._places.clear()  # frees the old buckets before the new are allocated
@@ -569,16 +556,6 @@ class PythonReducer:
         if len(slots) > 1:
             names += f" to '{self._names[slots[-1].param]}'"
         return f"bucket {launch + 1} of {len(self._plan.buckets)} ({names})"
-
-
-def _backward_hook(reducer: weakref.ref[PythonReducer]) -> Callable[[torch.Tensor], None]:
-    @untraced
-    def hook(_: torch.Tensor) -> None:
-        alive = reducer()
-        if alive is not None:
-            alive._on_backward()
-
-    return hook
 
 
 def _accumulator(param: torch.nn.Parameter) -> Node:

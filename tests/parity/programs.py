@@ -69,7 +69,7 @@ class Stop(Exception):
     """Raised in the midst of a backward."""
 
 
-class _NoGradient(torch.autograd.Function):
+class NoGradient(torch.autograd.Function):
     """Lies on the way from the loss to a parameter and lets no gradient pass."""
 
     @staticmethod
@@ -170,7 +170,7 @@ def _used(use: str, p: Tensor) -> Tensor:
     if use == "conj" and p.is_complex():
         return p.conj() * weights_like(p)  # the gradient is a lazy conjugate
     if use == "none":
-        return _NoGradient.apply(p)
+        return NoGradient.apply(p)
     return p * weights_like(p)
 
 

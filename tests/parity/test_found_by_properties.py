@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import fastddp
 from tests.models import Ladder, ladder_x, mean_x
 from tests.parity.checks import bits, wrap_small
+from tests.parity.programs import NoGradient
 from tests.ranks import run_ranks
 
 
@@ -41,16 +40,6 @@ def test_backward_to_the_input_on_one_rank_alone(engine: str) -> None:
     run_ranks(_inputs_on_one_rank, 2, engine, timeout=10.0)
 
 
-class _NoGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(*_: Any) -> None:
-        return None
-
-
 def _undefined_gradient(rank: int, world_size: int, engine: str) -> None:
     """Autograd runs a parameter's hooks also when no gradient has come through."""
     ours = wrap_small(Ladder(), engine)
@@ -59,7 +48,7 @@ def _undefined_gradient(rank: int, world_size: int, engine: str) -> None:
         ours.module.d.grad = torch.full((5,), 0.1 * (rank + 1))
         kept = bits(ours.module.d.grad)
         loss = ours(ladder_x(rank, step, world_size), used="ab")
-        (loss + _NoGradient.apply(ours.module.d).sum()).backward()
+        (loss + NoGradient.apply(ours.module.d).sum()).backward()
         assert bits(ours.module.d.grad) == kept, step
         assert ours.module.b.grad.unique().tolist() == [2 * mean_x(step, world_size)]
 
