@@ -15,6 +15,7 @@ from fastddp.gather import gather_unpadded
 from fastddp.info import info
 from fastddp.patch import patch
 from fastddp.sampler import DistributedSampler
+from fastddp.shm import register as _register_shm
 from fastddp.spawn import spawn
 from fastddp.version import __version__
 from fastddp.wrap import wrap
@@ -33,3 +34,5 @@ __all__ = [
     "spawn",
     "wrap",
 ]
+
+_register_shm()

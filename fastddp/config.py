@@ -15,3 +15,20 @@ def engine() -> str | None:
     if value not in (None, "native", "python"):
         raise ValueError(f"FASTDDP_ENGINE={value!r} is not one of native, python")
     return value
+
+
+def shm() -> bool:
+    """Returns whether CPU tensors may go through shared memory: unless ``FASTDDP_SHM`` is 0.
+
+    Raises:
+        ValueError: if it is set to anything but 0 or 1.
+    """
+    value = os.environ.get("FASTDDP_SHM") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"FASTDDP_SHM={value!r} is not one of 0, 1")
+    return value == "1"
+
+
+def host_id() -> str | None:
+    """Returns ``FASTDDP_HOST_ID``, which sets apart ranks on one host as if they were on several."""
+    return os.environ.get("FASTDDP_HOST_ID") or None

@@ -1,4 +1,4 @@
-"""Imports go one way: `wrap -> ddp -> engine -> plan`, and `bind -> torch -> kernels -> core`."""
+"""Imports go one way: `wrap -> ddp -> engine -> plan`, and `bind -> torch -> shm -> kernels -> core`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON_LAYERS = ("plan", "engine", "ddp", "wrap")  # lowest first
-CXX_LAYERS = ("core", "kernels", "torch", "bind")
+CXX_LAYERS = ("core", "kernels", "shm", "torch", "bind")
 FOREIGN = re.compile(r"<(torch|ATen|c10|pybind11|Python\.h|caffe2)\b")
 
 

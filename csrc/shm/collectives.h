@@ -1,0 +1,72 @@
+// The collectives, between ranks on one host.
+//
+// Operands in the ranks' heaps are read and written where they lie ("direct"): each rank reduces
+// its share of the elements straight from all ranks' memory and writes the result to all of them.
+// Other operands pass through slots of the group's segment in chunks, so that what is copied in is
+// still in the cache when it is reduced. Few bytes always do, in the very step that announces the
+// collective: that makes one wait instead of two.
+//
+// The order of summation is the order of the ranks, on every path, so all ranks and all runs get
+// the same bits.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <span>
+
+#include "shm/group.h"
+
+namespace fastddp::shm {
+
+// Contiguous memory of one rank.
+struct Operand {
+  void* data = nullptr;
+  std::size_t numel = 0;
+  Element element = Element::kUInt8;
+  std::size_t bytes() const { return numel * size_of(element); }
+};
+
+// Where a group spans hosts: reduces a part, which lies in this rank's heap, over the ranks that
+// have the same part on the other hosts. In place.
+using CrossHosts = std::function<void(void* data, std::size_t numel)>;
+
+class Collectives {
+ public:
+  explicit Collectives(Group& group) : group_(group) {}
+
+  // All throw Error, after which the group is broken. `divisor` is for kAvg.
+  void barrier(Deadline deadline);
+  void all_reduce(const Operand& operand, Reduction reduction, double divisor, Deadline deadline);
+  void broadcast(const Operand& operand, int root, Deadline deadline);
+  // `outputs`: one address for each rank, of as many elements as the input has.
+  void all_gather(const Operand& input, std::span<void* const> outputs, Deadline deadline);
+  // `inputs`: one address for each rank, of as many elements as the output has. `block` is where
+  // they lie if they lie one after another, else null.
+  void reduce_scatter(const Operand& output,
+                      std::span<void* const> inputs,
+                      const void* block,
+                      Reduction reduction,
+                      double divisor,
+                      Deadline deadline);
+
+  // As all_reduce, with `lanes` of the ranks here exchanging their parts with other hosts. The
+  // operand has to lie in the heap.
+  void all_reduce_across(const Operand& operand,
+                         Reduction reduction,
+                         double divisor,
+                         std::size_t lanes,
+                         const CrossHosts& cross,
+                         Deadline deadline);
+
+  // Lets the others know that something else is next, so that they do not wait for this rank.
+  void announce(Kind kind, Deadline deadline);
+
+ private:
+  bool meet(std::size_t bytes);
+  void reduce_in_chunks(const Operand& operand, Reduce reduce, double divisor);
+  void reduce_in_shares(const Operand& operand, Reduce reduce, double divisor);
+
+  Group& group_;
+};
+
+}  // namespace fastddp::shm

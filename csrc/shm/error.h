@@ -1,0 +1,12 @@
+#pragma once
+
+#include <stdexcept>
+
+namespace fastddp::shm {
+
+// Why shared memory could not be set up, or why a collective could not be finished.
+class Error : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace fastddp::shm

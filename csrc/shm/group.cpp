@@ -1,0 +1,284 @@
+#include "shm/group.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <utility>
+
+#include "shm/error.h"
+#include "shm/heap.h"
+
+namespace fastddp::shm {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::nanoseconds;
+using std::chrono::steady_clock;
+
+// How long to spin before sleeping: about what a wake-up costs, so waiting never takes more than
+// twice as long as the better choice would have. Next to nothing where ranks share cores: whoever
+// is waited for may need this one.
+constexpr nanoseconds kSpin = std::chrono::microseconds(30);
+constexpr nanoseconds kSpinOnSharedCores = std::chrono::microseconds(1);
+
+// A sleeping rank looks this often whether what it waits for can still come.
+constexpr nanoseconds kLookAround = milliseconds(50);
+
+std::size_t usable_cores() {
+  cpu_set_t cores;
+  if (::sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
+  return static_cast<std::size_t>(CPU_COUNT(&cores));
+}
+
+const char* name_of(Element element) {
+  switch (element) {
+    case Element::kFloat32:
+      return "float32";
+    case Element::kFloat64:
+      return "float64";
+    case Element::kFloat16:
+      return "float16";
+    case Element::kBFloat16:
+      return "bfloat16";
+    case Element::kInt8:
+      return "int8";
+    case Element::kUInt8:
+      return "uint8";
+    case Element::kInt16:
+      return "int16";
+    case Element::kInt32:
+      return "int32";
+    case Element::kInt64:
+      return "int64";
+    case Element::kBool:
+      return "bool";
+  }
+  return "?";
+}
+
+const char* name_of(Reduction reduction) {
+  switch (reduction) {
+    case Reduction::kSum:
+      return "sum";
+    case Reduction::kAvg:
+      return "average";
+    case Reduction::kProduct:
+      return "product";
+    case Reduction::kMin:
+      return "minimum";
+    case Reduction::kMax:
+      return "maximum";
+    case Reduction::kBand:
+      return "bitwise and";
+    case Reduction::kBor:
+      return "bitwise or";
+    case Reduction::kBxor:
+      return "bitwise xor";
+  }
+  return "?";
+}
+
+const char* name_of(Kind kind) {
+  switch (kind) {
+    case Kind::kBarrier:
+      return "barrier";
+    case Kind::kAllReduce:
+      return "all_reduce";
+    case Kind::kReduceScatter:
+      return "reduce_scatter";
+    case Kind::kAllGather:
+      return "all_gather";
+    case Kind::kBroadcast:
+      return "broadcast";
+    case Kind::kReduce:
+      return "reduce";
+    case Kind::kGather:
+      return "gather";
+    case Kind::kScatter:
+      return "scatter";
+    case Kind::kAllToAll:
+      return "all_to_all";
+    case Kind::kOther:
+      return "another collective";
+  }
+  return "?";
+}
+
+}  // namespace
+
+Group::Group(Layout layout, std::vector<Member> members, std::size_t me)
+    : layout_(layout),
+      members_(std::move(members)),
+      me_(me),
+      spin_(members_.size() <= usable_cores() ? kSpin : kSpinOnSharedCores),
+      calls_(members_.size()) {}
+
+std::size_t Group::index_of(int rank) const {
+  const auto member = std::find_if(members_.begin(), members_.end(),
+                                   [&](const Member& each) { return each.rank == rank; });
+  return static_cast<std::size_t>(member - members_.begin());
+}
+
+// ---- one collective at a time ----------------------------------------------------------
+
+void Group::begin(const Call& call, Deadline deadline) {
+  count_.fetch_add(1, std::memory_order_relaxed);
+  calls_[me_] = call;
+  deadline_ = deadline;
+  first_ = now_ + 1;
+  compared_ = false;
+  check();
+  layout_.rank(me_).calls[count() % kCallsKept].write(first_, call);
+}
+
+Time Group::advance() {
+  layout_.rank(me_).clock.advance_to(++now_);
+  return now_;
+}
+
+void Group::await(std::size_t index, Time time) {
+  const Clock& clock = layout_.rank(index).clock;
+  if (!clock.reached(time) && !clock.spin(time, spin_)) wait_slowly(index, time);
+}
+
+void Group::await_all(Time time) {
+  for (std::size_t i = 0; i < size(); ++i) {
+    if (i == me_) continue;
+    await(i, time);
+    if (!compared_) compare_with(i);
+  }
+  compared_ = true;
+}
+
+bool Group::all_direct() const {
+  return std::all_of(calls_.begin(), calls_.end(),
+                     [](const Call& call) { return call.operand != Call::kElsewhere; });
+}
+
+std::size_t Group::claim_slot() {
+  const std::size_t slot = next_slot_;
+  for (std::size_t i = 0; i < size(); ++i) {
+    if (i != me_) await(i, free_at_[slot]);
+  }
+  free_at_[slot] = now_ + 3;
+  next_slot_ = (slot + 1) % kSlots;
+  return slot;
+}
+
+// ---- waiting, and what may come of it --------------------------------------------------
+
+void Group::wait_slowly(std::size_t index, Time time) {
+  Clock& clock = layout_.rank(index).clock;
+  while (!clock.reached(time)) {
+    const nanoseconds left = deadline_ - steady_clock::now();
+    clock.sleep(time, std::clamp(left, nanoseconds(0), kLookAround));
+    if (!clock.reached(time)) find_fault(index, time);
+  }
+}
+
+void Group::find_fault(std::size_t index, Time time) {
+  check();
+  for (std::size_t i = 0; i < size(); ++i) {
+    if (i == me_) continue;
+    const RankBlock& block = layout_.rank(i);
+    const Process& process = *members_[i].process;
+    const bool left = block.state.load(std::memory_order_acquire) == State::kLeft;
+    if (!left && !process.ended()) continue;
+    if (block.clock.reached(time)) continue;  // it had done its part before
+    // One that leaves is often about to end, and how it ends says more.
+    for (int i_look = 0; i_look < 20 && !process.ended(); ++i_look)
+      std::this_thread::sleep_for(milliseconds(10));
+    const std::string who = "rank " + std::to_string(members_[i].rank);
+    const char* when = block.clock.reached(first_) ? " in the midst of it" : " before it took part";
+    if (process.ended()) fail(who + " " + process.describe() + when);
+    fail(who + " has left the group" + when + "; it called destroy_process_group or is ending");
+  }
+  if (steady_clock::now() < deadline_) return;
+  std::string missing;
+  for (std::size_t i = 0; i < size(); ++i) {
+    const RankBlock& block = layout_.rank(i);
+    if (i == me_ || block.clock.reached(time)) continue;
+    missing += (missing.empty() ? "rank " : ", rank ") + std::to_string(members_[i].rank) + " " +
+               members_[i].process->describe();
+    missing +=
+        block.clock.reached(first_) ? " and has not finished its part" : " and has not called it";
+  }
+  if (layout_.rank(index).clock.reached(time)) return;
+  fail("timed out: " + missing);
+}
+
+void Group::compare_with(std::size_t index) {
+  if (!layout_.rank(index).calls[count() % kCallsKept].read(first_, calls_[index])) {
+    // Only calls that wait for nobody let a rank get so far ahead, and this is none.
+    calls_[index] = {.kind = Kind::kOther};
+  }
+  if (calls_[me_].agrees_with(calls_[index])) return;
+  const auto [low, high] = std::minmax(me_, index);
+  fail("the ranks do not agree: rank " + std::to_string(rank(low)) + " called " +
+       describe(calls_[low]) + ", rank " + std::to_string(rank(high)) + " called " +
+       describe(calls_[high]));
+}
+
+std::string Group::describe(const Call& call) const {
+  std::string text = name_of(call.kind);
+  if (call.kind == Kind::kBarrier || call.kind >= Kind::kReduce) return text;
+  text += " of " + std::to_string(call.numel) + " " + name_of(call.element);
+  if (call.kind == Kind::kAllReduce || call.kind == Kind::kReduceScatter)
+    text += std::string(", ") + name_of(call.reduction);
+  if (call.kind == Kind::kBroadcast) text += ", from rank " + std::to_string(call.root);
+  return text;
+}
+
+std::string Group::describe_current() const {
+  return "collective " + std::to_string(count()) + " (" + describe(calls_[me_]) + ")";
+}
+
+// ---- faults ----------------------------------------------------------------------------
+
+bool Group::is_broken() const {
+  return layout_.header().verdict.is.load(std::memory_order_acquire) != Verdict::Is::kNone;
+}
+
+void Group::check() const {
+  if (is_broken()) throw_verdict();
+}
+
+void Group::abort(const std::string& why) { write_verdict(why); }
+
+void Group::leave() {
+  layout_.rank(me_).state.store(State::kLeft, std::memory_order_release);
+  layout_.rank(me_).clock.wake();
+}
+
+void Group::fail(const std::string& why) {
+  write_verdict(why);
+  throw_verdict();
+}
+
+void Group::write_verdict(const std::string& why) {
+  Verdict& verdict = layout_.header().verdict;
+  auto expected = Verdict::Is::kNone;
+  if (verdict.is.compare_exchange_strong(expected, Verdict::Is::kBeingWritten)) {
+    std::snprintf(verdict.text.data(), verdict.text.size(), "%s", why.c_str());
+    verdict.is.store(Verdict::Is::kWritten, std::memory_order_release);
+  }
+  for (std::size_t i = 0; i < size(); ++i) layout_.rank(i).clock.wake();
+}
+
+void Group::throw_verdict() const {
+  const Verdict& verdict = layout_.header().verdict;
+  // Whoever writes it may have died over it.
+  for (int i = 0; i < 100 && verdict.is.load(std::memory_order_acquire) != Verdict::Is::kWritten;
+       ++i) {
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  const bool written = verdict.is.load(std::memory_order_acquire) == Verdict::Is::kWritten;
+  Heap::mine().retire_freed_blocks();
+  throw Error("fastddp: rank " + std::to_string(rank(me_)) + ": " + describe_current() +
+              " failed: " + (written ? verdict.text.data() : "another rank broke the group"));
+}
+
+}  // namespace fastddp::shm

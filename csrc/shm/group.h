@@ -1,0 +1,112 @@
+// One rank's part in a group of ranks on one host: the steps in which they go, and how they fail.
+//
+// Every collective is a number of steps, the same number on all ranks. A rank ends a step by
+// advancing its clock; it waits for the others' clocks before it relies on what they did. Before
+// its first step ends, a collective announces what it is; whoever then waits for the others for the
+// first time compares. Nobody waits without a deadline, for a process that has ended, or in a group
+// that is broken: the first to find a fault writes the verdict, which all throw from then on.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "shm/layout.h"
+#include "shm/process.h"
+
+namespace fastddp::shm {
+
+using Deadline = std::chrono::steady_clock::time_point;
+
+struct Member {
+  int rank = 0;  // in the group that users know
+  char* heap = nullptr;
+  std::shared_ptr<const Process> process;
+};
+
+class Group {
+ public:
+  // `members` are the ranks of this host in the order of their blocks, `me` this one's place.
+  // What lies behind `layout` and the heaps has to outlive the group.
+  Group(Layout layout, std::vector<Member> members, std::size_t me);
+
+  std::size_t size() const { return members_.size(); }
+  std::size_t me() const { return me_; }
+  int rank(std::size_t index) const { return members_[index].rank; }
+  // Returns the place of a rank of the group on this host; size() if it is on another.
+  std::size_t index_of(int rank) const;
+
+  // ---- one collective at a time --------------------------------------------------------
+
+  // Begins a collective. Throws Error if the group is broken.
+  void begin(const Call& call, Deadline deadline);
+
+  // Ends a step; returns when it ended.
+  Time advance();
+
+  // Waits until all others have ended the step that ended at `time`. The first wait of a collective
+  // also compares what they announced. Throws Error.
+  void await_all(Time time);
+  void await(std::size_t index, Time time);
+
+  // What another rank announced; after the first await_all().
+  const Call& call_of(std::size_t index) const { return calls_[index]; }
+  template <typename T = char>
+  T* operand_of(std::size_t index) const {
+    return reinterpret_cast<T*>(members_[index].heap + calls_[index].operand);
+  }
+  // Whether all operands lie in heaps.
+  bool all_direct() const;
+
+  // The next slot, once nobody reads it any more; the same one on every rank. It may be read up to
+  // the end of the second step after the one that is now under way.
+  std::size_t claim_slot();
+  char* slot(std::size_t index, std::size_t which) const { return layout_.slot(index, which); }
+
+  // ---- at any time, from any thread ----------------------------------------------------
+
+  // Breaks the group: whatever waits in it throws, on all ranks.
+  void abort(const std::string& why);
+
+  // Says that this rank will not take part any more. Others may finish what it has taken part in.
+  void leave();
+
+  // Throws the verdict if there is one.
+  void check() const;
+  bool is_broken() const;
+
+  // Number of collectives begun.
+  std::uint64_t count() const { return count_.load(std::memory_order_relaxed); }
+
+  [[noreturn]] void fail(const std::string& why);
+
+ private:
+  [[noreturn]] void throw_verdict() const;
+  void write_verdict(const std::string& why);
+  void wait_slowly(std::size_t index, Time time);
+  void find_fault(std::size_t index, Time time);
+  void compare_with(std::size_t index);
+  std::string describe(const Call& call) const;
+  std::string describe_current() const;
+
+  const Layout layout_;
+  const std::vector<Member> members_;
+  const std::size_t me_;
+  std::chrono::nanoseconds spin_;
+
+  Time now_ = 0;    // this rank's clock
+  Time first_ = 0;  // the end of the current collective's first step
+  bool compared_ = true;
+  std::vector<Call> calls_;
+  Deadline deadline_;
+  std::size_t next_slot_ = 0;
+  std::array<Time, kSlots> free_at_{};
+  std::atomic<std::uint64_t> count_{0};
+};
+
+}  // namespace fastddp::shm

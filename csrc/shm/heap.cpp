@@ -1,0 +1,138 @@
+#include "shm/heap.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+#include <cstring>
+#include <iterator>
+#include <string>
+
+#include "shm/error.h"
+
+namespace fastddp::shm {
+namespace {
+
+constexpr std::size_t kPage = 4096;
+constexpr std::size_t kLeastBytes = std::size_t{256} << 20;
+
+// Address space for twice the machine's memory: with fragments, more than can be filled.
+std::size_t wanted_bytes() {
+  const auto pages = static_cast<std::size_t>(std::max(1L, ::sysconf(_SC_PHYS_PAGES)));
+  return std::max(std::bit_ceil(2 * pages * kPage), kLeastBytes);
+}
+
+Segment reserve() {
+  for (std::size_t bytes = wanted_bytes();; bytes /= 2) {
+    try {
+      return Segment::create("fastddp-heap", bytes);
+    } catch (const Error&) {  // `ulimit -v` and the like
+      if (bytes <= kLeastBytes) throw;
+    }
+  }
+}
+
+std::size_t round_up(std::size_t bytes) {
+  return std::max(kPage, (bytes + kPage - 1) / kPage * kPage);
+}
+
+}  // namespace
+
+Heap::Heap() : pid_(::getpid()), segment_(reserve()) {
+  free_[kPage] = segment_.size() - kPage;  // the first page holds the nonce
+}
+
+Heap& Heap::mine() {
+  static std::mutex mutex;
+  static Heap* heap = nullptr;
+  const std::lock_guard lock(mutex);
+  if (heap == nullptr || heap->pid_ != ::getpid()) heap = new Heap;
+  return *heap;
+}
+
+void* Heap::allocate(std::size_t bytes) {
+  const std::size_t rounded = round_up(bytes);
+  std::size_t offset = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto hole = std::find_if(free_.begin(), free_.end(),
+                                   [&](const auto& entry) { return entry.second >= rounded; });
+    if (hole == free_.end())
+      throw Error("the shared heap of " + std::to_string(segment_.size()) +
+                  " bytes has no room for " + std::to_string(bytes) + " more");
+    offset = hole->first;
+    const std::size_t rest = hole->second - rounded;
+    free_.erase(hole);
+    if (rest > 0) free_[offset + rounded] = rest;
+    used_[offset] = rounded;
+  }
+  char* block = data() + offset;
+#ifdef MADV_POPULATE_WRITE
+  // Where there is no memory left this fails; a touch would end the process.
+  if (::madvise(block, rounded, MADV_POPULATE_WRITE) != 0 && errno != EINVAL) {
+    const std::string reason = std::strerror(errno);
+    free(block);
+    throw Error("taking " + std::to_string(bytes) + " bytes of shared memory: " + reason);
+  }
+#endif
+  return block;
+}
+
+void Heap::free(void* block) {
+  if (pid_ != ::getpid()) return;
+  const auto offset = static_cast<std::size_t>(static_cast<char*>(block) - data());
+  const std::lock_guard lock(mutex_);
+  const auto entry = used_.find(offset);
+  if (entry == used_.end()) return;
+  std::size_t begin = entry->first;
+  std::size_t bytes = entry->second;
+  used_.erase(entry);
+  segment_.discard(begin, bytes);
+  if (retires_) return;
+  auto next = free_.lower_bound(begin);
+  if (next != free_.end() && begin + bytes == next->first) {
+    bytes += next->second;
+    next = free_.erase(next);
+  }
+  if (next != free_.begin()) {
+    const auto previous = std::prev(next);
+    if (previous->first + previous->second == begin) {
+      begin = previous->first;
+      bytes += previous->second;
+    }
+  }
+  free_[begin] = bytes;
+}
+
+bool Heap::contains(const void* begin, std::size_t bytes) const {
+  const auto* first = static_cast<const char*>(begin);
+  return first >= data() && first + bytes <= data() + segment_.size();
+}
+
+std::size_t Heap::used() const {
+  const std::lock_guard lock(mutex_);
+  std::size_t sum = 0;
+  for (const auto& [offset, bytes] : used_) sum += bytes;
+  return sum;
+}
+
+std::shared_ptr<const Segment> open_peer_heap(const Address& address) {
+  struct Entry {
+    Nonce nonce;
+    std::weak_ptr<const Segment> segment;
+  };
+  static std::mutex mutex;
+  static auto& opened = *new std::map<pid_t, Entry>;
+  const std::lock_guard lock(mutex);
+  Entry& entry = opened[address.pid];
+  if (entry.nonce == address.nonce) {
+    if (auto segment = entry.segment.lock()) return segment;
+  }
+  auto segment = std::make_shared<const Segment>(Segment::open(address));
+  entry = {address.nonce, segment};
+  return segment;
+}
+
+}  // namespace fastddp::shm

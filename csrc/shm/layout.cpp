@@ -1,0 +1,48 @@
+#include "shm/layout.h"
+
+#include <new>
+
+namespace fastddp::shm {
+namespace {
+
+std::uint64_t pack(const Call& call) {
+  return static_cast<std::uint64_t>(call.kind) | static_cast<std::uint64_t>(call.element) << 8 |
+         static_cast<std::uint64_t>(call.reduction) << 16 |
+         static_cast<std::uint64_t>(call.root) << 32;
+}
+
+void unpack(std::uint64_t what, Call& call) {
+  call.kind = static_cast<Kind>(what & 0xFF);
+  call.element = static_cast<Element>(what >> 8 & 0xFF);
+  call.reduction = static_cast<Reduction>(what >> 16 & 0xFF);
+  call.root = static_cast<std::uint32_t>(what >> 32);
+}
+
+}  // namespace
+
+void PublishedCall::write(Time number, const Call& call) {
+  const std::uint64_t doubled = number * 2;
+  // The stores of the parts are releases: whoever reads a part of this call sees the odd number.
+  number_.store(doubled + 1, std::memory_order_relaxed);
+  what_.store(pack(call), std::memory_order_release);
+  numel_.store(call.numel, std::memory_order_release);
+  operand_.store(call.operand, std::memory_order_release);
+  number_.store(doubled, std::memory_order_release);
+}
+
+bool PublishedCall::read(Time number, Call& call) const {
+  const std::uint64_t doubled = number * 2;
+  if (number_.load(std::memory_order_acquire) != doubled) return false;
+  unpack(what_.load(std::memory_order_acquire), call);
+  call.numel = numel_.load(std::memory_order_acquire);
+  call.operand = operand_.load(std::memory_order_acquire);
+  return number_.load(std::memory_order_relaxed) == doubled;
+}
+
+void Layout::construct() const {
+  const Nonce nonce = header().nonce;
+  new (base_) Header{.nonce = nonce, .ranks = static_cast<std::uint32_t>(ranks_)};
+  for (std::size_t i = 0; i < ranks_; ++i) new (&rank(i)) RankBlock;
+}
+
+}  // namespace fastddp::shm

@@ -1,0 +1,133 @@
+// The segment that the ranks of a group on one host share: every byte of it.
+//
+//   Header | RankBlock x ranks | staging: kSlots slots of kSlotBytes x ranks
+//
+// A rank writes to its own block and slots only, but for the verdict, which whoever finds a fault
+// writes, and `sleepers` of a clock.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/reduce.h"
+#include "shm/clock.h"
+#include "shm/segment.h"
+
+namespace fastddp::shm {
+
+enum class Kind : std::uint8_t {
+  kBarrier,
+  kAllReduce,
+  kReduceScatter,
+  kAllGather,
+  kBroadcast,
+  // These go through another transport; here they are only announced.
+  kReduce,
+  kGather,
+  kScatter,
+  kAllToAll,
+  kOther,
+};
+
+// What a rank is about to do. All but `operand` has to be the same on all ranks.
+struct Call {
+  Kind kind = Kind::kBarrier;
+  Element element = Element::kUInt8;
+  Reduction reduction = Reduction::kSum;
+  std::uint32_t root = 0;              // by the group's numbering
+  std::uint64_t numel = 0;             // per rank
+  std::uint64_t operand = kElsewhere;  // where it lies in the rank's heap
+
+  static constexpr std::uint64_t kElsewhere = ~std::uint64_t{0};
+
+  bool agrees_with(const Call& them) const {
+    return kind == them.kind && element == them.element && reduction == them.reduction &&
+           root == them.root && numel == them.numel;
+  }
+};
+
+// A call as others see it: readable at any time, also while it is being replaced.
+class PublishedCall {
+ public:
+  void write(Time number, const Call& call);
+
+  // Returns whether `call` is now the one of that number. False if there is a newer one.
+  bool read(Time number, Call& call) const;
+
+ private:
+  std::atomic<std::uint64_t> number_{0};  // doubled, and one more while the call is being written
+  std::atomic<std::uint64_t> what_{0};
+  std::atomic<std::uint64_t> numel_{0};
+  std::atomic<std::uint64_t> operand_{0};
+};
+
+// How many calls a rank may be ahead, before the oldest can no longer be compared.
+constexpr std::size_t kCallsKept = 16;
+
+enum class State : std::uint32_t { kHere, kLeft };
+
+struct RankBlock {
+  Clock clock;
+  std::atomic<State> state{State::kHere};
+  std::array<PublishedCall, kCallsKept> calls;
+};
+
+// Why the group is broken; written once, by the first who finds out.
+struct Verdict {
+  enum class Is : std::uint32_t { kNone, kBeingWritten, kWritten };
+  static constexpr std::size_t kTextBytes = 2048;
+
+  std::atomic<Is> is{Is::kNone};
+  std::array<char, kTextBytes> text{};
+};
+
+constexpr std::uint32_t kLayoutVersion = 1;
+
+struct Header {
+  Nonce nonce;
+  std::uint32_t version = kLayoutVersion;
+  std::uint32_t ranks = 0;
+  Verdict verdict;
+};
+
+// Four: one is filled, one is reduced and one is read while ranks are a step apart, and one is
+// free. Small enough for all of them to stay in a core's second-level cache.
+constexpr std::size_t kSlots = 4;
+constexpr std::size_t kSlotBytes = std::size_t{128} << 10;
+
+// The segment's parts, by address.
+class Layout {
+ public:
+  Layout(char* base, std::size_t ranks) : base_(base), ranks_(ranks) {}
+
+  static std::size_t bytes(std::size_t ranks) {
+    return staging_begin(ranks) + ranks * kSlots * kSlotBytes;
+  }
+
+  // Makes the objects in a segment's zeroed memory, but for the nonce that is there.
+  void construct() const;
+
+  Header& header() const { return *reinterpret_cast<Header*>(base_); }
+  RankBlock& rank(std::size_t index) const {
+    return *reinterpret_cast<RankBlock*>(base_ + kPage + index * sizeof(RankBlock));
+  }
+  char* slot(std::size_t index, std::size_t which) const {
+    return base_ + staging_begin(ranks_) + (index * kSlots + which) * kSlotBytes;
+  }
+
+ private:
+  static constexpr std::size_t kPage = 4096;
+  static std::size_t staging_begin(std::size_t ranks) {
+    return (kPage + ranks * sizeof(RankBlock) + kPage - 1) / kPage * kPage;
+  }
+
+  char* base_;
+  std::size_t ranks_;
+};
+
+static_assert(sizeof(Header) <= 4096);
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+
+}  // namespace fastddp::shm

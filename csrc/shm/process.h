@@ -1,0 +1,29 @@
+// What can be known of another process on this host: whether it lives, is stopped, how it ended.
+#pragma once
+
+#include <sys/types.h>
+
+#include <string>
+
+#include "shm/segment.h"
+
+namespace fastddp::shm {
+
+class Process {
+ public:
+  // Throws Error if there is no such process.
+  explicit Process(pid_t pid);
+
+  pid_t pid() const { return pid_; }
+
+  bool ended() const;
+
+  // "was killed by signal 9 (Killed)", "exited with status 1", "is stopped", ... For messages.
+  std::string describe() const;
+
+ private:
+  pid_t pid_;
+  Fd pidfd_;  // the number may be another process's by now, this is not
+};
+
+}  // namespace fastddp::shm

@@ -1,0 +1,588 @@
+#include <Python.h>  // first, says its manual
+
+#include "torch/shm_backend.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <utility>
+
+#include "shm/error.h"
+#include "shm/heap.h"
+
+namespace fastddp {
+namespace {
+
+using c10d::OpType;
+using c10d::ReduceOp;
+
+// Through how much memory an ordinary tensor goes on its way to other hosts.
+constexpr std::size_t kScratchBytes = std::size_t{8} << 20;
+
+// How many forks lie between the first process and this one.
+std::atomic<unsigned> forks{0};
+
+unsigned count_forks() {
+  [[maybe_unused]] static const int registered =
+      ::pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
+  return forks.load(std::memory_order_relaxed);
+}
+
+std::optional<Element> element_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Element::kFloat32;
+    case at::kDouble:
+      return Element::kFloat64;
+    case at::kHalf:
+      return Element::kFloat16;
+    case at::kBFloat16:
+      return Element::kBFloat16;
+    case at::kChar:
+      return Element::kInt8;
+    case at::kByte:
+      return Element::kUInt8;
+    case at::kShort:
+      return Element::kInt16;
+    case at::kInt:
+      return Element::kInt32;
+    case at::kLong:
+      return Element::kInt64;
+    case at::kBool:
+      return Element::kBool;
+    default:
+      return std::nullopt;
+  }
+}
+
+std::optional<Reduction> reduction_of(const ReduceOp& op) {
+  switch (static_cast<ReduceOp::RedOpType>(op)) {
+    case ReduceOp::SUM:
+      return Reduction::kSum;
+    case ReduceOp::AVG:
+      return Reduction::kAvg;
+    case ReduceOp::PRODUCT:
+      return Reduction::kProduct;
+    case ReduceOp::MIN:
+      return Reduction::kMin;
+    case ReduceOp::MAX:
+      return Reduction::kMax;
+    case ReduceOp::BAND:
+      return Reduction::kBand;
+    case ReduceOp::BOR:
+      return Reduction::kBor;
+    case ReduceOp::BXOR:
+      return Reduction::kBxor;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Threads are joined that may want the GIL, by whoever drops the last reference; that may hold it.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(Py_IsInitialized() && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
+  ~WithoutGil() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+  }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* const state_;
+};
+
+// What there is to reduce: complex numbers as pairs where that is the same.
+at::Tensor as_real(const at::Tensor& tensor, const ReduceOp& op) {
+  return tensor.is_complex() && c10d::isComplexViewAsRealAllowed(op) ? at::view_as_real(tensor)
+                                                                     : tensor;
+}
+
+bool can_reduce(const at::Tensor& tensor, const ReduceOp& op) {
+  if (tensor.layout() != at::kStrided || !tensor.is_cpu()) return false;
+  const auto element = element_of(as_real(tensor, op).scalar_type());
+  const auto reduction = reduction_of(op);
+  return element && reduction && find_reduce(*element, *reduction) != nullptr;
+}
+
+bool can_move(const at::Tensor& tensor) {
+  return tensor.layout() == at::kStrided && tensor.is_cpu();
+}
+
+// Of a contiguous tensor; one of a dtype without a name here goes as bytes.
+shm::Operand operand_of(const at::Tensor& tensor) {
+  const auto element = element_of(tensor.scalar_type());
+  return {tensor.data_ptr(), element ? static_cast<std::size_t>(tensor.numel()) : tensor.nbytes(),
+          element.value_or(Element::kUInt8)};
+}
+
+template <typename Tensors>
+bool same_size(const Tensors& tensors, const at::Tensor& like) {
+  return std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor& tensor) {
+    return can_move(tensor) && tensor.numel() == like.numel() &&
+           tensor.scalar_type() == like.scalar_type();
+  });
+}
+
+std::vector<at::Tensor> parts_of(const at::Tensor& whole, int count) {
+  std::vector<at::Tensor> parts;
+  const at::Tensor flat = whole.view({-1});
+  const std::int64_t numel = flat.numel() / count;
+  for (int i = 0; i < count; ++i) parts.push_back(flat.narrow(0, i * numel, numel));
+  return parts;
+}
+
+}  // namespace
+
+// ---- life ------------------------------------------------------------------------------
+
+shm::Segment ShmBackend::make_control(std::size_t ranks) {
+  auto segment = shm::Segment::create("fastddp-group", shm::Layout::bytes(ranks));
+  shm::Layout(segment.data(), ranks).construct();
+  return segment;
+}
+
+ShmBackend::ShmBackend(int rank,
+                       int size,
+                       c10::intrusive_ptr<c10d::Backend> inner,
+                       const LocalRanks& local,
+                       std::chrono::milliseconds timeout)
+    : Backend(rank, size),
+      options_(c10::make_intrusive<Options>("shm", timeout)),
+      inner_(std::move(inner)),
+      forks_(count_forks()) {
+  const std::size_t count = local.ranks.size();
+  std::vector<shm::Member> members;
+  for (std::size_t i = 0; i < count; ++i) {
+    const shm::Address& address = local.heaps.at(i);
+    // First, so that the heap proves it to be the right process.
+    const auto process = std::make_shared<const shm::Process>(address.pid);
+    heaps_.push_back(shm::open_peer_heap(address));
+    members.push_back({local.ranks[i], heaps_.back()->data(), process});
+  }
+  control_ = shm::Segment::open(local.control);
+  const shm::Layout layout(control_.data(), count);
+  if (control_.size() != shm::Layout::bytes(count) ||
+      layout.header().version != shm::kLayoutVersion || layout.header().ranks != count) {
+    throw shm::Error("the ranks use different versions of fastddp");
+  }
+  const auto me = std::find(local.ranks.begin(), local.ranks.end(), rank) - local.ranks.begin();
+  group_ = std::make_unique<shm::Group>(layout, std::move(members), static_cast<std::size_t>(me));
+  collectives_ = std::make_unique<shm::Collectives>(*group_);
+}
+
+ShmBackend::~ShmBackend() {
+  if (forks_ != count_forks()) {
+    // The parent's: neither its thread nor its sockets' threads are here.
+    static_cast<void>(inner_.release());
+    static_cast<void>(lanes_.backend.release());
+    static_cast<void>(new std::shared_ptr<Turns>(std::move(turns_)));
+    return;
+  }
+  const WithoutGil without_gil;
+  shutdown();
+  inner_.reset();
+  lanes_.backend.reset();
+}
+
+void ShmBackend::shutdown() {
+  group_->leave();
+  if (!turns_->idle())
+    group_->abort("rank " + std::to_string(getRank()) +
+                  " has left the group with collectives under way");
+  turns_->stop();
+  turns_->sweep();
+}
+
+void ShmBackend::abort() {
+  group_->abort("rank " + std::to_string(getRank()) + " has aborted the group");
+  inner_->abort();
+}
+
+void ShmBackend::check_usable() const {
+  TORCH_CHECK_WITH(DistBackendError, forks_ == forks.load(std::memory_order_relaxed),
+                   "fastddp: rank ", getRank(),
+                   ": this process was forked from the one that made the process group, and cannot "
+                   "use it; call init_process_group() here, or start the process by spawn");
+}
+
+c10::intrusive_ptr<c10d::Backend::Options> ShmBackend::getBackendOptions() { return options_; }
+
+void ShmBackend::setTimeout(std::chrono::milliseconds timeout) {
+  options_->timeout = timeout;
+  inner_->setTimeout(timeout);
+}
+
+at::Tensor ShmBackend::allocateTensor(long size, at::TensorOptions options) {
+  const auto dtype = c10::typeMetaToScalarType(options.dtype());
+  const auto bytes = static_cast<std::size_t>(size) * c10::elementSize(dtype);
+  shm::Heap& heap = shm::Heap::mine();
+  void* block = nullptr;
+  try {
+    block = heap.allocate(bytes);
+  } catch (const shm::Error& error) {
+    TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", getRank(), ": ", error.what());
+  }
+  return at::from_blob(
+      block, {size}, [&heap](void* memory) { heap.free(memory); }, options.device(at::kCPU));
+}
+
+// ---- starting a collective -------------------------------------------------------------
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::start(
+    OpType type, Tensors results, std::chrono::milliseconds timeout, bool async, Body body) {
+  check_usable();
+  if (timeout == c10d::kUnsetTimeout) timeout = options_->timeout;
+  const auto run = [this, timeout, body = std::move(body)] {
+    const c10::NoGradGuard no_grad;
+    try {
+      body(std::chrono::steady_clock::now() + timeout);
+    } catch (const shm::Error& error) {
+      TORCH_CHECK_WITH(DistBackendError, false, error.what());
+    }
+  };
+  if (!async) {
+    turns_->run(run);
+    return c10::make_intrusive<TurnWork>(type, std::move(results));
+  }
+  auto outcome = turns_->submit(run, results);
+  return c10::make_intrusive<TurnWork>(type, std::move(results), turns_, std::move(outcome));
+}
+
+void ShmBackend::hand_on(shm::Kind kind) {
+  check_usable();
+  const auto announce = [this, kind] {
+    collectives_->announce(kind, std::chrono::steady_clock::now() + options_->timeout);
+  };
+  if (!turns_->idle()) {
+    turns_->submit(announce, {});
+    return;
+  }
+  try {
+    turns_->run(announce);
+  } catch (const shm::Error& error) {
+    TORCH_CHECK_WITH(DistBackendError, false, error.what());
+  }
+}
+
+// ---- all_reduce ------------------------------------------------------------------------
+
+void ShmBackend::all_reduce(const at::Tensor& tensor, const ReduceOp& op, shm::Deadline deadline) {
+  const at::Tensor real = as_real(tensor, op);
+  const at::Tensor packed = real.contiguous();
+  const Reduction reduction = *reduction_of(op);
+  if (spans_hosts()) {
+    all_reduce_across(operand_of(packed), reduction, deadline);
+  } else {
+    collectives_->all_reduce(operand_of(packed), reduction, getSize(), deadline);
+  }
+  if (!packed.is_same(real)) real.copy_(packed);
+}
+
+void ShmBackend::all_reduce_across(const shm::Operand& operand,
+                                   Reduction reduction,
+                                   shm::Deadline deadline) {
+  const Element element = operand.element;
+  const auto cross = [&](void* data, std::size_t numel) {
+    static const auto dtype_of = [](Element each) {
+      for (const at::ScalarType dtype :
+           {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kChar, at::kByte, at::kShort,
+            at::kInt, at::kLong, at::kBool}) {
+        if (element_of(dtype) == each) return dtype;
+      }
+      return at::kByte;
+    };
+    if (numel == 0) return;
+    Tensors part{at::from_blob(data, {static_cast<std::int64_t>(numel)}, dtype_of(element))};
+    c10d::AllreduceOptions options;
+    static constexpr ReduceOp::RedOpType kOps[] = {ReduceOp::SUM, ReduceOp::SUM, ReduceOp::PRODUCT,
+                                                   ReduceOp::MIN, ReduceOp::MAX, ReduceOp::BAND,
+                                                   ReduceOp::BOR, ReduceOp::BXOR};
+    options.reduceOp = kOps[static_cast<std::size_t>(reduction)];
+    options.timeout =
+        std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    options.timeout = std::max(options.timeout, std::chrono::milliseconds(1));
+    try {
+      lanes_.backend->allreduce(part, options)->wait(kNoTimeout);
+    } catch (const std::exception& error) {
+      group_->fail(std::string("between hosts: ") + error.what());
+    }
+  };
+  const auto lanes = static_cast<std::size_t>(lanes_.count);
+  if (shm::Heap::mine().contains(operand.data, operand.bytes())) {
+    return collectives_->all_reduce_across(operand, reduction, getSize(), lanes, cross, deadline);
+  }
+  const std::size_t bytes = size_of(element);
+  if (!scratch_.defined()) scratch_ = allocateTensor(kScratchBytes, at::kByte);
+  char* const data = static_cast<char*>(operand.data);
+  std::size_t begin = 0;
+  do {
+    const std::size_t numel = std::min(operand.numel - begin, kScratchBytes / bytes);
+    if (numel > 0) std::memcpy(scratch_.data_ptr(), data + begin * bytes, numel * bytes);
+    collectives_->all_reduce_across({scratch_.data_ptr(), numel, element}, reduction, getSize(),
+                                    lanes, cross, deadline);
+    if (numel > 0) std::memcpy(data + begin * bytes, scratch_.data_ptr(), numel * bytes);
+    begin += numel;
+  } while (begin < operand.numel);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce(Tensors& tensors,
+                                                     const c10d::AllreduceOptions& options) {
+  if (tensors.size() != 1 || !can_reduce(tensors[0], options.reduceOp)) {
+    hand_on(shm::Kind::kOther);
+    return inner_->allreduce(tensors, options);
+  }
+  return start(OpType::ALLREDUCE, tensors, options.timeout, options.asyncOp,
+               [this, tensor = tensors[0], op = options.reduceOp](shm::Deadline deadline) {
+                 all_reduce(tensor, op, deadline);
+               });
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce_coalesced(
+    Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) {
+  const auto can = [&](const at::Tensor& tensor) { return can_reduce(tensor, options.reduceOp); };
+  if (!std::all_of(tensors.begin(), tensors.end(), can)) {
+    hand_on(shm::Kind::kOther);
+    return inner_->allreduce_coalesced(tensors, options);
+  }
+  return start(OpType::ALLREDUCE_COALESCED, tensors, options.timeout, options.asyncOp,
+               [this, tensors, op = options.reduceOp](shm::Deadline deadline) {
+                 for (const at::Tensor& tensor : tensors) all_reduce(tensor, op, deadline);
+               });
+}
+
+// ---- broadcast, all_gather -------------------------------------------------------------
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::broadcast(Tensors& tensors,
+                                                     const c10d::BroadcastOptions& options) {
+  if (tensors.size() != 1 || !can_move(tensors[0]) || spans_hosts()) {
+    hand_on(shm::Kind::kOther);
+    return inner_->broadcast(tensors, options);
+  }
+  const int root = static_cast<int>(options.rootRank);
+  TORCH_CHECK_VALUE(root >= 0 && root < getSize(), "fastddp: rank ", getRank(),
+                    ": broadcast from rank ", root, " in a group of ", getSize());
+  return start(OpType::BROADCAST, tensors, options.timeout, options.asyncOp,
+               [this, tensor = tensors[0], root](shm::Deadline deadline) {
+                 const at::Tensor packed = tensor.contiguous();
+                 collectives_->broadcast(operand_of(packed), root, deadline);
+                 if (!packed.is_same(tensor) && root != getRank()) tensor.copy_(packed);
+               });
+}
+
+void ShmBackend::all_gather(const Tensors& outputs,
+                            const at::Tensor& input,
+                            shm::Deadline deadline) {
+  const at::Tensor packed_input = input.contiguous();
+  Tensors packed;
+  std::vector<void*> addresses;
+  for (const at::Tensor& output : outputs) {
+    packed.push_back(output.is_contiguous() ? output
+                                            : at::empty_like(output, at::MemoryFormat::Contiguous));
+    addresses.push_back(packed.back().data_ptr());
+  }
+  collectives_->all_gather(operand_of(packed_input), addresses, deadline);
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    if (!packed[i].is_same(outputs[i])) outputs[i].copy_(packed[i]);
+  }
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::allgather(Lists& outputs,
+                                                     Tensors& inputs,
+                                                     const c10d::AllgatherOptions& options) {
+  if (inputs.size() != 1 || outputs.size() != 1 || spans_hosts() || !can_move(inputs[0]) ||
+      outputs[0].size() != static_cast<std::size_t>(getSize()) ||
+      !same_size(outputs[0], inputs[0])) {
+    hand_on(shm::Kind::kOther);
+    return inner_->allgather(outputs, inputs, options);
+  }
+  return start(OpType::ALLGATHER, outputs[0], options.timeout, options.asyncOp,
+               [this, outputs = outputs[0], input = inputs[0]](shm::Deadline deadline) {
+                 all_gather(outputs, input, deadline);
+               });
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::_allgather_base(at::Tensor& output,
+                                                           at::Tensor& input,
+                                                           const c10d::AllgatherOptions& options) {
+  Tensors outputs{output};
+  Tensors inputs{input};
+  if (spans_hosts() || !can_move(input) || !can_move(output) || !output.is_contiguous() ||
+      output.numel() != input.numel() * getSize() || output.scalar_type() != input.scalar_type()) {
+    hand_on(shm::Kind::kOther);
+    return inner_->_allgather_base(output, input, options);
+  }
+  return allgather_into_tensor_coalesced(outputs, inputs, options);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::allgather_coalesced(
+    Lists& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) {
+  hand_on(shm::Kind::kOther);
+  return inner_->allgather_coalesced(outputs, inputs, options);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::allgather_into_tensor_coalesced(
+    Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) {
+  bool ours = !spans_hosts() && outputs.size() == inputs.size();
+  for (std::size_t i = 0; ours && i < inputs.size(); ++i) {
+    ours = can_move(inputs[i]) && can_move(outputs[i]) && outputs[i].is_contiguous() &&
+           outputs[i].numel() == inputs[i].numel() * getSize() &&
+           outputs[i].scalar_type() == inputs[i].scalar_type();
+  }
+  if (!ours) {
+    hand_on(shm::Kind::kOther);
+    return inner_->allgather_into_tensor_coalesced(outputs, inputs, options);
+  }
+  return start(OpType::_ALLGATHER_BASE, outputs, options.timeout, options.asyncOp,
+               [this, outputs, inputs](shm::Deadline deadline) {
+                 for (std::size_t i = 0; i < inputs.size(); ++i)
+                   all_gather(parts_of(outputs[i], getSize()), inputs[i], deadline);
+               });
+}
+
+// ---- reduce_scatter --------------------------------------------------------------------
+
+void ShmBackend::reduce_scatter(const at::Tensor& output,
+                                const Tensors& inputs,
+                                const at::Tensor& block,
+                                const ReduceOp& op,
+                                shm::Deadline deadline) {
+  const at::Tensor real = as_real(output, op);
+  const at::Tensor packed =
+      real.is_contiguous() ? real : at::empty_like(real, at::MemoryFormat::Contiguous);
+  Tensors packed_inputs;
+  std::vector<void*> addresses;
+  for (const at::Tensor& input : inputs) {
+    packed_inputs.push_back(as_real(input, op).contiguous());
+    addresses.push_back(packed_inputs.back().data_ptr());
+  }
+  collectives_->reduce_scatter(operand_of(packed), addresses,
+                               block.defined() ? block.const_data_ptr() : nullptr,
+                               *reduction_of(op), getSize(), deadline);
+  if (!packed.is_same(real)) real.copy_(packed);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::reduce_scatter(
+    Tensors& outputs, Lists& inputs, const c10d::ReduceScatterOptions& options) {
+  if (outputs.size() != 1 || inputs.size() != 1 || spans_hosts() ||
+      !can_reduce(outputs[0], options.reduceOp) ||
+      inputs[0].size() != static_cast<std::size_t>(getSize()) ||
+      !same_size(inputs[0], outputs[0])) {
+    hand_on(shm::Kind::kOther);
+    return inner_->reduce_scatter(outputs, inputs, options);
+  }
+  return start(OpType::REDUCE_SCATTER, outputs, options.timeout, options.asyncOp,
+               [this, output = outputs[0], inputs = inputs[0], op = options.reduceOp](
+                   shm::Deadline deadline) { reduce_scatter(output, inputs, {}, op, deadline); });
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::_reduce_scatter_base(
+    at::Tensor& output, at::Tensor& input, const c10d::ReduceScatterOptions& options) {
+  Tensors outputs{output};
+  Tensors inputs{input};
+  return reduce_scatter_tensor_coalesced(outputs, inputs, options);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::reduce_scatter_tensor_coalesced(
+    Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& options) {
+  bool ours = !spans_hosts() && outputs.size() == inputs.size();
+  for (std::size_t i = 0; ours && i < inputs.size(); ++i) {
+    ours = can_reduce(outputs[i], options.reduceOp) && can_move(inputs[i]) &&
+           inputs[i].numel() == outputs[i].numel() * getSize() &&
+           outputs[i].scalar_type() == inputs[i].scalar_type();
+  }
+  if (!ours) {
+    hand_on(shm::Kind::kOther);
+    if (outputs.size() == 1 && inputs.size() == 1)
+      return inner_->_reduce_scatter_base(outputs[0], inputs[0], options);
+    return inner_->reduce_scatter_tensor_coalesced(outputs, inputs, options);
+  }
+  return start(OpType::_REDUCE_SCATTER_BASE, outputs, options.timeout, options.asyncOp,
+               [this, outputs, inputs, op = options.reduceOp](shm::Deadline deadline) {
+                 for (std::size_t i = 0; i < inputs.size(); ++i) {
+                   const at::Tensor block = inputs[i].contiguous();
+                   reduce_scatter(outputs[i], parts_of(block, getSize()), block, op, deadline);
+                 }
+               });
+}
+
+// ---- the rest --------------------------------------------------------------------------
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::barrier(const c10d::BarrierOptions& options) {
+  if (spans_hosts()) {
+    hand_on(shm::Kind::kOther);
+    return inner_->barrier(options);
+  }
+  return start(OpType::BARRIER, {}, options.timeout, options.asyncOp,
+               [this](shm::Deadline deadline) { collectives_->barrier(deadline); });
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce_sparse(Tensors& tensors,
+                                                            const c10d::AllreduceOptions& options) {
+  hand_on(shm::Kind::kOther);
+  return inner_->allreduce_sparse(tensors, options);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::reduce(Tensors& tensors,
+                                                  const c10d::ReduceOptions& options) {
+  hand_on(shm::Kind::kReduce);
+  return inner_->reduce(tensors, options);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::gather(Lists& outputs,
+                                                  Tensors& inputs,
+                                                  const c10d::GatherOptions& options) {
+  hand_on(shm::Kind::kGather);
+  return inner_->gather(outputs, inputs, options);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::scatter(Tensors& outputs,
+                                                   Lists& inputs,
+                                                   const c10d::ScatterOptions& options) {
+  hand_on(shm::Kind::kScatter);
+  return inner_->scatter(outputs, inputs, options);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::alltoall_base(at::Tensor& output,
+                                                         at::Tensor& input,
+                                                         std::vector<std::int64_t>& output_splits,
+                                                         std::vector<std::int64_t>& input_splits,
+                                                         const c10d::AllToAllOptions& options) {
+  hand_on(shm::Kind::kAllToAll);
+  return inner_->alltoall_base(output, input, output_splits, input_splits, options);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::alltoall(Tensors& outputs,
+                                                    Tensors& inputs,
+                                                    const c10d::AllToAllOptions& options) {
+  hand_on(shm::Kind::kAllToAll);
+  return inner_->alltoall(outputs, inputs, options);
+}
+
+// Not collectives: the ranks that take no part do not hear of these.
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::send(Tensors& tensors, int to, int tag) {
+  check_usable();
+  return inner_->send(tensors, to, tag);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::recv(Tensors& tensors, int from, int tag) {
+  check_usable();
+  return inner_->recv(tensors, from, tag);
+}
+
+c10::intrusive_ptr<c10d::Work> ShmBackend::recvAnysource(Tensors& tensors, int tag) {
+  check_usable();
+  return inner_->recvAnysource(tensors, tag);
+}
+
+void ShmBackend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) {
+  hand_on(shm::Kind::kOther);
+  inner_->monitoredBarrier(options, wait_all_ranks);
+}
+
+}  // namespace fastddp

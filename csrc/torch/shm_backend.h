@@ -1,0 +1,139 @@
+// The c10d backend `shm`: collectives through shared memory where they are hot and the ranks share
+// a host, and through another backend otherwise.
+#pragma once
+
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/reduce.h"
+#include "shm/collectives.h"
+#include "shm/group.h"
+#include "shm/segment.h"
+#include "torch/turns.h"
+
+namespace fastddp {
+
+// The ranks of a group on this host, once they have found each other.
+struct LocalRanks {
+  std::vector<int> ranks;           // of the group, ascending
+  std::vector<shm::Address> heaps;  // theirs
+  shm::Address control;             // the segment that they share
+};
+
+// Where a group spans hosts: how parts of an all-reduce cross.
+struct Lanes {
+  std::int64_t count = 0;                     // ranks per host that exchange parts
+  c10::intrusive_ptr<c10d::Backend> backend;  // of those with this one's place; null if it has none
+};
+
+class ShmBackend final : public c10d::Backend {
+ public:
+  // Maps what the other ranks have announced. Throws shm::Error that says what is in the way.
+  ShmBackend(int rank,
+             int size,
+             c10::intrusive_ptr<c10d::Backend> inner,
+             const LocalRanks& local,
+             std::chrono::milliseconds timeout);
+  ~ShmBackend() override;
+
+  // Makes the segment that the ranks of a host share; the lowest of them calls this.
+  static shm::Segment make_control(std::size_t ranks);
+
+  // For a group that spans hosts; before the first collective.
+  void set_lanes(Lanes lanes) { lanes_ = std::move(lanes); }
+
+  const c10::intrusive_ptr<c10d::Backend>& inner() const { return inner_; }
+  bool spans_hosts() const { return static_cast<int>(group_->size()) != getSize(); }
+
+  const std::string getBackendName() const override { return "shm"; }
+  c10::intrusive_ptr<Options> getBackendOptions() override;
+  void setTimeout(std::chrono::milliseconds timeout) override;
+  bool supportsTensorAlloc(c10::DeviceIndex) override { return true; }
+  at::Tensor allocateTensor(long size, at::TensorOptions options) override;
+  void setSequenceNumberForGroup() override { inner_->setSequenceNumberForGroup(); }
+  std::uint64_t getSequenceNumberForGroup() override { return group_->count(); }
+  void abort() override;
+  void shutdown() override;
+
+  using Work = c10::intrusive_ptr<c10d::Work>;
+  using Tensors = std::vector<at::Tensor>;
+  using Lists = std::vector<Tensors>;
+
+  Work allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override;
+  Work allreduce_coalesced(Tensors& tensors,
+                           const c10d::AllreduceCoalescedOptions& options) override;
+  Work broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) override;
+  Work allgather(Lists& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override;
+  Work _allgather_base(at::Tensor& output,
+                       at::Tensor& input,
+                       const c10d::AllgatherOptions& options) override;
+  Work allgather_coalesced(Lists& outputs,
+                           Tensors& inputs,
+                           const c10d::AllgatherOptions& options) override;
+  Work allgather_into_tensor_coalesced(Tensors& outputs,
+                                       Tensors& inputs,
+                                       const c10d::AllgatherOptions& options) override;
+  Work reduce_scatter(Tensors& outputs,
+                      Lists& inputs,
+                      const c10d::ReduceScatterOptions& options) override;
+  Work _reduce_scatter_base(at::Tensor& output,
+                            at::Tensor& input,
+                            const c10d::ReduceScatterOptions& options) override;
+  Work reduce_scatter_tensor_coalesced(Tensors& outputs,
+                                       Tensors& inputs,
+                                       const c10d::ReduceScatterOptions& options) override;
+  Work barrier(const c10d::BarrierOptions& options) override;
+
+  Work allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& options) override;
+  Work reduce(Tensors& tensors, const c10d::ReduceOptions& options) override;
+  Work gather(Lists& outputs, Tensors& inputs, const c10d::GatherOptions& options) override;
+  Work scatter(Tensors& outputs, Lists& inputs, const c10d::ScatterOptions& options) override;
+  Work alltoall_base(at::Tensor& output,
+                     at::Tensor& input,
+                     std::vector<std::int64_t>& output_splits,
+                     std::vector<std::int64_t>& input_splits,
+                     const c10d::AllToAllOptions& options) override;
+  Work alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& options) override;
+  Work send(Tensors& tensors, int to, int tag) override;
+  Work recv(Tensors& tensors, int from, int tag) override;
+  Work recvAnysource(Tensors& tensors, int tag) override;
+  void monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) override;
+
+ private:
+  using Body = std::function<void(shm::Deadline)>;
+
+  // Runs or submits one collective of ours, as its launcher waits for it or not.
+  Work start(
+      c10d::OpType type, Tensors results, std::chrono::milliseconds timeout, bool async, Body body);
+  // Says to the other ranks that the inner backend is next.
+  void hand_on(shm::Kind kind);
+  void all_reduce(const at::Tensor& tensor, const c10d::ReduceOp& op, shm::Deadline deadline);
+  void all_reduce_across(const shm::Operand& operand, Reduction reduction, shm::Deadline deadline);
+  void all_gather(const Tensors& outputs, const at::Tensor& input, shm::Deadline deadline);
+  void reduce_scatter(const at::Tensor& output,
+                      const Tensors& inputs,
+                      const at::Tensor& block,
+                      const c10d::ReduceOp& op,
+                      shm::Deadline deadline);
+  void check_usable() const;
+
+  const c10::intrusive_ptr<Options> options_;
+  c10::intrusive_ptr<c10d::Backend> inner_;
+  shm::Segment control_;
+  std::vector<std::shared_ptr<const shm::Segment>> heaps_;
+  std::unique_ptr<shm::Group> group_;
+  std::unique_ptr<shm::Collectives> collectives_;
+  Lanes lanes_;
+  at::Tensor scratch_;  // for what has to be in the heap to cross hosts
+  std::shared_ptr<Turns> turns_ = std::make_shared<Turns>();
+  const unsigned forks_;
+};
+
+}  // namespace fastddp

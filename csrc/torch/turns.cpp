@@ -1,0 +1,174 @@
+#include "torch/turns.h"
+
+#include <ATen/core/ivalue_inl.h>
+#include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
+
+#include <utility>
+
+namespace fastddp {
+
+// ---- Outcome ---------------------------------------------------------------------------
+
+bool Outcome::set(std::exception_ptr error) {
+  {
+    const std::lock_guard lock(mutex_);
+    set_ = true;
+    error_ = std::move(error);
+    changed_.notify_all();
+    if (!future_) return false;
+  }
+  complete();
+  return true;
+}
+
+// Outside the lock: this calls what the user has chained to the future.
+void Outcome::complete() {
+  if (error_) {
+    future_->setError(error_);
+  } else {
+    future_->markCompleted(c10::IValue(results_));
+  }
+}
+
+bool Outcome::is_set() const {
+  const std::lock_guard lock(mutex_);
+  return set_;
+}
+
+std::exception_ptr Outcome::error() const {
+  const std::lock_guard lock(mutex_);
+  return error_;
+}
+
+bool Outcome::wait(std::chrono::milliseconds timeout) const {
+  std::unique_lock lock(mutex_);
+  if (timeout.count() > 0) return changed_.wait_for(lock, timeout, [this] { return set_; });
+  changed_.wait(lock, [this] { return set_; });
+  return true;
+}
+
+c10::intrusive_ptr<c10::ivalue::Future> Outcome::future(const std::vector<at::Tensor>& results) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (future_) return future_;
+    future_ =
+        c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+    results_ = results;
+    if (!set_) return future_;
+  }
+  complete();
+  return future_;
+}
+
+// ---- Turns -----------------------------------------------------------------------------
+
+void Turns::run(const Body& body) {
+  {
+    std::unique_lock lock(mutex_);
+    const std::uint64_t turn = next_++;
+    changed_.wait(lock, [&] { return now_ == turn; });
+  }
+  sweep();
+  try {
+    body();
+  } catch (...) {
+    end_turn();
+    throw;
+  }
+  end_turn();
+}
+
+void Turns::end_turn() {
+  const std::lock_guard lock(mutex_);
+  ++now_;
+  changed_.notify_all();
+}
+
+std::shared_ptr<Outcome> Turns::submit(Body body, std::vector<at::Tensor> results) {
+  sweep();
+  auto outcome = std::make_shared<Outcome>();
+  const std::lock_guard lock(mutex_);
+  queue_.push_back({next_++, std::move(body), std::move(results), outcome});
+  if (!thread_.joinable()) thread_ = std::thread([self = shared_from_this()] { self->work(); });
+  changed_.notify_all();
+  return outcome;
+}
+
+bool Turns::idle() const {
+  const std::lock_guard lock(mutex_);
+  return next_ == now_;
+}
+
+void Turns::sweep() {
+  std::vector<Job> ended;
+  const std::lock_guard lock(mutex_);
+  if (std::this_thread::get_id() != thread_.get_id()) ended.swap(ended_);
+}
+
+void Turns::work() {
+  const c10::NoGradGuard no_grad;
+  std::unique_lock lock(mutex_);
+  while (true) {
+    changed_.wait(lock,
+                  [this] { return queue_.empty() ? stopping_ : queue_.front().turn == now_; });
+    if (queue_.empty()) return;
+    Job job = std::move(queue_.front());
+    queue_.pop_front();
+    lock.unlock();
+    std::exception_ptr error;
+    try {
+      job.body();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    auto outcome = job.outcome;
+    lock.lock();
+    ended_.push_back(std::move(job));
+    ++now_;
+    changed_.notify_all();
+    lock.unlock();
+    const bool has_future = outcome->set(error);
+    lock.lock();
+    if (has_future) ended_.push_back({.outcome = std::move(outcome)});
+  }
+}
+
+void Turns::stop() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+    changed_.notify_all();
+  }
+  if (thread_.get_id() == std::this_thread::get_id()) {
+    thread_.detach();
+  } else if (thread_.joinable()) {
+    thread_.join();
+  }
+}
+
+// ---- TurnWork --------------------------------------------------------------------------
+
+TurnWork::TurnWork(c10d::OpType type, std::vector<at::Tensor> results)
+    : Work(-1, type), results_(std::move(results)), outcome_(std::make_shared<Outcome>()) {
+  outcome_->set(nullptr);
+}
+
+TurnWork::TurnWork(c10d::OpType type,
+                   std::vector<at::Tensor> results,
+                   std::shared_ptr<Turns> turns,
+                   std::shared_ptr<Outcome> outcome)
+    : Work(-1, type),
+      results_(std::move(results)),
+      turns_(std::move(turns)),
+      outcome_(std::move(outcome)) {}
+
+bool TurnWork::wait(std::chrono::milliseconds timeout) {
+  TORCH_CHECK_WITH(DistBackendError, outcome_->wait(timeout),
+                   "fastddp: a collective did not end within ", timeout.count(), " ms");
+  if (turns_) turns_->sweep();
+  if (const auto error = outcome_->error()) std::rethrow_exception(error);
+  return true;
+}
+
+}  // namespace fastddp

@@ -1,0 +1,117 @@
+// One collective at a time, in the order of launching: in the launching thread if that waits for it
+// anyway, else in a thread of its own.
+//
+// A collective that the launching thread runs costs no switch of threads. One that it does not wait
+// for must not be run there: the other ranks may come to it only after something that this thread
+// has still to do.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fastddp {
+
+// Whether a collective has ended, and how.
+class Outcome {
+ public:
+  // Sets the outcome, wakes those who wait, and completes the future. Returns whether there is one.
+  bool set(std::exception_ptr error);
+
+  bool is_set() const;
+  std::exception_ptr error() const;
+  // False if it was not set in time; zero is no limit.
+  bool wait(std::chrono::milliseconds timeout) const;
+  // Returns the future, which will hold `results`.
+  c10::intrusive_ptr<c10::ivalue::Future> future(const std::vector<at::Tensor>& results);
+
+ private:
+  void complete();
+
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  bool set_ = false;
+  std::exception_ptr error_;
+  c10::intrusive_ptr<c10::ivalue::Future> future_;
+  std::vector<at::Tensor> results_;
+};
+
+class Turns : public std::enable_shared_from_this<Turns> {
+ public:
+  using Body = std::function<void()>;
+
+  // Runs `body` now, after all that was launched before. Throws what it throws.
+  void run(const Body& body);
+
+  // Has `body` run in the other thread. `results` are kept until it has ended and somebody waits or
+  // launches: a Python object must not be freed by a thread that Python may be waiting for.
+  std::shared_ptr<Outcome> submit(Body body, std::vector<at::Tensor> results);
+
+  // Whether run() would start at once.
+  bool idle() const;
+
+  // Frees what has ended.
+  void sweep();
+
+  // Ends the thread, once all that was submitted has ended. Not to be called within a body.
+  void stop();
+
+ private:
+  struct Job {
+    std::uint64_t turn = 0;
+    Body body;
+    std::vector<at::Tensor> results;
+    std::shared_ptr<Outcome> outcome;
+  };
+
+  void work();
+  void end_turn();
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::uint64_t next_ = 0;
+  std::uint64_t now_ = 0;
+  std::deque<Job> queue_;
+  std::vector<Job> ended_;
+  std::thread thread_;
+  bool stopping_ = false;
+};
+
+// What a collective of ours returns.
+class TurnWork final : public c10d::Work {
+ public:
+  // Of one that has ended.
+  TurnWork(c10d::OpType type, std::vector<at::Tensor> results);
+  TurnWork(c10d::OpType type,
+           std::vector<at::Tensor> results,
+           std::shared_ptr<Turns> turns,
+           std::shared_ptr<Outcome> outcome);
+
+  bool isCompleted() override { return outcome_->is_set(); }
+  bool isSuccess() const override { return outcome_->is_set() && !outcome_->error(); }
+  std::exception_ptr exception() const override { return outcome_->error(); }
+  std::vector<at::Tensor> result() override { return results_; }
+  bool wait(std::chrono::milliseconds timeout) override;
+  void synchronize() override { wait(kNoTimeout); }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
+    return outcome_->future(results_);
+  }
+
+ private:
+  const std::vector<at::Tensor> results_;
+  const std::shared_ptr<Turns> turns_;
+  const std::shared_ptr<Outcome> outcome_;
+};
+
+}  // namespace fastddp
