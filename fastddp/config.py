@@ -30,5 +30,5 @@ def shm() -> bool:
 
 
 def host_id() -> str | None:
-    """Returns ``FASTDDP_HOST_ID``, which sets apart ranks on one host as if they were on several."""
+    """Returns ``FASTDDP_HOST_ID``, by which ranks on one host count as being on several."""
     return os.environ.get("FASTDDP_HOST_ID") or None

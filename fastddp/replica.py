@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from fastddp import engine as engines
-from fastddp import optim_in_backward
+from fastddp import optim_in_backward, shm
 from fastddp.agreement import agree_on_module, check_module, ignored_names
 from fastddp.buffers import BufferHook, Buffers
 from fastddp.collectives import broadcast_tensors
@@ -125,7 +125,7 @@ class Replica:
             names,
             sum(p in sparse for p in params),
             frozen,
-            group,
+            shm.counterpart(group, self.device),
             self.options.caps_bytes,
         )
         self._hooked = {param: (param.dtype, param.device) for param in params}
@@ -291,7 +291,7 @@ class Replica:
                 " destroy_process_group() after the last one, or run model.module instead"
             )
         try:
-            self.buffers.broadcast(buffers, group, root)
+            self.buffers.broadcast(buffers, shm.counterpart(group, self.device), root)
         except RuntimeError as error:
             raise torch.distributed.DistBackendError(
                 f"fastddp: rank {group.rank()}: the broadcast of {len(buffers)} buffers"

@@ -2,7 +2,9 @@
 
 ``import fastddp`` registers it, so that ``init_process_group("cpu:shm,cuda:nccl")`` and
 ``new_group(backend="shm")`` work with plain :mod:`torch.distributed`. Its collectives are C++
-(``csrc/shm``); what it has none for, and what crosses hosts, goes through a gloo backend inside.
+(``csrc/shm``); what it has none for goes through a gloo backend inside, and so does what crosses
+hosts: there each rank reduces a share of an all-reduce with its host's ranks, then with the ranks
+that have the same share on the other hosts.
 """
 
 from __future__ import annotations
@@ -12,42 +14,46 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
 
 from fastddp import config, extension
 from fastddp.collectives import Loan, settle
-
-if TYPE_CHECKING:
-    from fastddp import _C
 
 _log = logging.getLogger("fastddp")
 
 _MESSAGE_BYTES = 1024
 _CPU = torch.device("cpu")
 
-# A group's counterpart here, as long as the group lives.
+MakeLane = Callable[[int, Sequence[int]], Any]
+"""Makes the gloo backend of a lane, from its number and its ranks, one of which is this one."""
+
+# Each group's counterpart, as long as the group lives; None where there is none.
 _counterparts: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup | None] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def register() -> None:
-    """Makes ``shm`` known to torch.distributed; does nothing where the extension is missing."""
-    if not dist.is_available() or "shm" in dist.Backend.backend_list:
-        return
-    dist.Backend.register_backend("shm", _make_backend, devices=["cpu"])
+    """Makes ``shm`` known to torch.distributed."""
+    if dist.is_available() and "shm" not in dist.Backend.backend_list:
+        dist.Backend.register_backend("shm", _make_backend, devices=["cpu"])
 
 
-def is_possible() -> bool:
-    """Returns whether this process can share memory with others by this backend."""
-    return sys.platform == "linux" and config.shm() and extension.load() is not None
+def why_not() -> str | None:
+    """Returns why this process cannot use the backend; None if it can."""
+    if sys.platform != "linux":
+        return "it needs Linux"
+    if not config.shm():
+        return "FASTDDP_SHM=0"
+    return extension.why_not()
 
 
 def counterpart(group: ProcessGroup, device: torch.device) -> ProcessGroup:
@@ -57,7 +63,7 @@ def counterpart(group: ProcessGroup, device: torch.device) -> ProcessGroup:
     gain: tensors that are not on the CPU, another backend than gloo, no ranks that share a host.
     What is returned lives as long as the group.
     """
-    if device.type != "cpu" or group.size() == 1 or not is_possible():
+    if device.type != "cpu" or group.size() == 1:
         return group
     if group not in _counterparts:
         _counterparts[group] = _make_counterpart(group)
@@ -69,122 +75,138 @@ def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
     if not isinstance(inner, dist.ProcessGroupGloo):
         return None
     timeout: timedelta = inner.options._timeout
-    backend = connect(inner, group.rank(), group.size(), timeout)
-    if not _is_ours(backend):
+
+    def make_lane(_number: int, ranks: Sequence[int]) -> Any:
+        everyone = dist.get_process_group_ranks(group)
+        lane = dist.new_group(
+            [everyone[rank] for rank in ranks], timeout, "gloo", use_local_synchronization=True
+        )
+        return lane._get_backend(_CPU)
+
+    backend = _connect(inner, group.rank(), group.size(), timeout, make_lane)
+    if backend is inner:
         return None
-    pair = ProcessGroup(group.rank(), group.size())
+    pair = ProcessGroup(group.rank(), group.size())  # type: ignore[call-arg]
     pair._register_backend(_CPU, ProcessGroup.BackendType.CUSTOM, backend)
     pair._set_default_backend(ProcessGroup.BackendType.CUSTOM)
-    pair._set_group_name(f"{group.group_name} (shm)")
     return pair
 
 
-def _make_backend(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+def _make_backend(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """Makes the backend for torch.distributed, which calls this on every rank of a new group."""
-    inner = _make_gloo(dist.PrefixStore("gloo", store), rank, size, timeout)
-    if not is_possible():
-        raise RuntimeError(
-            f"fastddp: rank {rank}: the backend 'shm' is not available: "
-            + (extension.why_not() or "it needs Linux, and FASTDDP_SHM must not be 0")
-            + '; use "gloo" instead'
-        )
-    return connect(inner, rank, size, timeout, store)
+    inner = _make_gloo("gloo", store, rank, size, timeout)
+
+    def make_lane(number: int, ranks: Sequence[int]) -> Any:
+        return _make_gloo(f"lane{number}", store, ranks.index(rank), len(ranks), timeout)
+
+    return _connect(inner, rank, size, timeout, make_lane)
 
 
-def _make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
-    return dist.ProcessGroupGloo(store, rank, size, timeout)
+def _make_gloo(name: str, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    return dist.ProcessGroupGloo(PrefixStore(name, store), rank, size, timeout)
 
 
-def connect(
-    inner: Any, rank: int, size: int, timeout: timedelta, store: dist.Store | None = None
-) -> Any:
+def _connect(inner: Any, rank: int, size: int, timeout: timedelta, make_lane: MakeLane) -> Any:
     """Connects the ranks of ``inner``, a gloo backend, by shared memory. Collective.
 
     Returns:
         A ``ShmBackend``, or ``inner`` itself, on all ranks, where no two of them share a host or
         one of them cannot get at another's memory (which is logged).
     """
-    from fastddp import _C
-
-    heap, trouble = None, None
-    try:
-        heap = _C.shm_heap().parts()
-    except RuntimeError as error:
-        trouble = str(error)
-    cards = _exchange(inner, size, {"host": _host(), "heap": heap, "trouble": trouble})
+    meeting = _Meeting(inner, rank, size)
+    native = extension.load() if why_not() is None else None
+    heap = meeting.attempt(lambda: native.shm_heap().parts() if native is not None else None)
+    cards = meeting.exchange({"host": _host(), "heap": heap, "why_not": why_not()})
     hosts: dict[str, list[int]] = {}
     for other, card in enumerate(cards):
         hosts.setdefault(card["host"], []).append(other)
+    reasons = {card["why_not"] for card in cards if card["why_not"] is not None}
+    if len(hosts) == size or (len(reasons) == 1 and all(card["why_not"] for card in cards)):
+        return inner  # as asked for, or as it has to be: nothing to tell
+    if reasons:
+        meeting.trouble = meeting.trouble or why_not()
     ranks = hosts[cards[rank]["host"]]
     control = None
-    if all(card["trouble"] is None for card in cards) and rank == ranks[0]:
-        try:
-            control = _C.shm_control(len(ranks))
-        except RuntimeError as error:
-            trouble = str(error)
-    address = None if control is None else control.address().parts()
-    cards = [
-        card | news
-        for card, news in zip(
-            cards, _exchange(inner, size, {"control": address, "trouble": trouble}), strict=True
-        )
-    ]
-    backend = None
-    if all(card["trouble"] is None for card in cards):
-        try:
-            backend = _C.ShmBackend(
+    if rank == ranks[0] and native is not None:
+        control = meeting.attempt(lambda: native.shm_control(len(ranks)))
+    addresses = meeting.exchange(
+        {"control": None if control is None else control.address().parts()}
+    )
+    backend: Any = None
+    if meeting.everybody_is_well and native is not None:
+        backend = meeting.attempt(
+            lambda: native.ShmBackend(
                 rank,
                 size,
                 inner,
                 ranks,
-                [_C.ShmAddress(*cards[other]["heap"]) for other in ranks],
-                _C.ShmAddress(*cards[ranks[0]]["control"]),
+                [native.ShmAddress(*cards[other]["heap"]) for other in ranks],
+                native.ShmAddress(*addresses[ranks[0]]["control"]),
                 timeout.total_seconds(),
             )
-        except RuntimeError as error:
-            trouble = str(error)
-    # After this nobody needs the control segment's descriptor any more.
-    reports = _exchange(inner, size, {"trouble": trouble})
-    for other, report in enumerate(reports):
-        if report["trouble"] is not None:
-            if rank == 0:
-                _log.warning(
-                    "fastddp: gradients do not go through shared memory: rank %d: %s",
-                    other,
-                    report["trouble"],
-                )
-            return inner
-    assert backend is not None
+        )
+    meeting.exchange({})  # after this nobody needs the control segment's descriptor any more
+    if not meeting.everybody_is_well:
+        return inner
     if len(hosts) > 1:
-        return inner  # lanes: to come
+        count = min(len(local) for local in hosts.values())
+        place = ranks.index(rank)
+        lane = (
+            make_lane(place, [local[place] for local in hosts.values()]) if place < count else None
+        )
+        backend.set_lanes(count, lane)
     return backend
 
 
-def _is_ours(backend: Any) -> bool:
-    from fastddp import _C
+class _Meeting:
+    """Exchanges small messages between all ranks, and with them what trouble one of them has."""
 
-    return isinstance(backend, _C.ShmBackend)
+    def __init__(self, backend: Any, rank: int, size: int) -> None:
+        self._backend = backend
+        self._rank = rank
+        self._size = size
+        self.trouble: str | None = None
+        self.everybody_is_well = True
+
+    def attempt(self, action: Callable[[], Any]) -> Any:
+        """Returns what ``action`` returns; if it raises, None, and there is trouble."""
+        try:
+            return action()
+        except RuntimeError as error:
+            self.trouble = str(error)
+            return None
+
+    def exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns what each rank gave, by rank."""
+        trouble = None if self.trouble is None else self.trouble[: _MESSAGE_BYTES // 4]
+        data = json.dumps({**mine, "trouble": trouble}).encode()
+        assert len(data) <= _MESSAGE_BYTES
+        sent = torch.frombuffer(bytearray(data.ljust(_MESSAGE_BYTES)), dtype=torch.uint8)
+        received = [torch.empty_like(sent) for _ in range(self._size)]
+        loans = [Loan(tensor) for tensor in (sent, *received)]
+        self._backend.allgather([received], [sent]).wait()
+        settle(loans)
+        messages = [json.loads(bytes(tensor.numpy())) for tensor in received]
+        for other, message in enumerate(messages):
+            if message["trouble"] is not None and self.everybody_is_well:
+                self.everybody_is_well = False
+                if self._rank == 0:
+                    _log.warning(
+                        "the ranks' memory is not shared, all goes through gloo: rank %d: %s",
+                        other,
+                        message["trouble"],
+                    )
+        return messages
 
 
 def _host() -> str:
     """Returns what processes have in common that can open each other's memory."""
-    parts = [
+    if sys.platform != "linux":
+        return f"{os.getpid()}"
+    evidence = [
         Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         os.readlink("/proc/self/ns/pid"),
         str(os.geteuid()),
         config.host_id() or "",
     ]
-    return " ".join(parts)
-
-
-def _exchange(backend: Any, size: int, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns what each rank gave."""
-    data = json.dumps(mine).encode()
-    if len(data) > _MESSAGE_BYTES:
-        data = json.dumps({**mine, "trouble": "its report is too long"}).encode()
-    sent = torch.frombuffer(bytearray(data.ljust(_MESSAGE_BYTES)), dtype=torch.uint8)
-    received = [torch.empty_like(sent) for _ in range(size)]
-    loans = [Loan(tensor) for tensor in (sent, *received)]
-    backend.allgather([received], [sent]).wait()
-    settle(loans)
-    return [json.loads(bytes(tensor.numpy())) for tensor in received]
+    return " ".join(evidence)
