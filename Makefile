@@ -11,16 +11,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A stamp per torch, so that another TORCH reinstalls and recompiles.
 TORCH_STAMP := $(VENV)/.have-$(subst /,_,$(subst =,_,$(TORCH)))
-CXX_FILES := $(wildcard csrc/*/* tests/cpp/*)
+CXX_FILES := $(wildcard csrc/*/* tests/cpp/* benchmarks/csrc/*)
 CMAKE := $(or $(shell command -v cmake),$(abspath $(BIN))/cmake)
 CTEST := $(dir $(CMAKE))ctest
 
-.PHONY: help demo test test-clients build lint format cpp-test san bench clean
+.PHONY: help demo test test-clients build lint format cpp-test san bench bench-allreduce clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.built  ## train a real model on two processes, compared with torch's DDP
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -62,6 +62,9 @@ san: | $(CMAKE)  ## the same under ASan + UBSan, then under TSan
 
 bench: $(VENV)/.built  ## measure against torch's DDP on this machine
 	$(BIN)/python -m benchmarks.step $(BENCH_ARGS)
+
+bench-allreduce: $(VENV)/.built  ## measure an all-reduce against gloo, and MPI where mpi4py is installed
+	$(BIN)/python -m benchmarks.allreduce $(BENCH_ARGS)
 
 clean:  ## remove what was built, but not $(VENV)
 	rm -rf build dist *.egg-info fastddp/_build_info.py fastddp/_C.*.so

@@ -27,7 +27,7 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="fastddp-bench-") as folder:
         context = mp.spawn(
-            _rank_main, (ranks, Path(folder), threads, function, args), nprocs=ranks, join=False
+            rank_main, (ranks, Path(folder), threads, function, args), nprocs=ranks, join=False
         )
         deadline = time.monotonic() + limit_s
         while not context.join(timeout=1):
@@ -37,12 +37,14 @@ def run_ranks(
                 raise TimeoutError(
                     f"{ranks} ranks did not finish {function.__name__} in {limit_s:.0f} s"
                 )
-        return [
-            pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(ranks)
-        ]
+        return read_results(Path(folder), ranks)
 
 
-def _rank_main(
+def read_results(folder: Path, ranks: int) -> list[Any]:
+    return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def rank_main(
     rank: int,
     ranks: int,
     folder: Path,
@@ -50,6 +52,7 @@ def _rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    """What the process of one rank does; it leaves its result in the folder."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(threads)
     dist.init_process_group(

@@ -143,34 +143,40 @@ def print_machine(console: Console, machine: Mapping[str, str | int | float]) ->
 def print_table(console: Console, records: Sequence[Record]) -> None:
     """One model's variants."""
     first = records[0]
-    table = Table(
-        title=f"{first.model}: {first.gradient_bytes / 1e6:.1f} MB of {first.dtype} gradients, "
-        f"{first.ranks} ranks x {first.threads} thread, {first.rounds} rounds",
-        title_justify="left",
+    title = (
+        f"{first.model}: {first.gradient_bytes / 1e6:.1f} MB of {first.dtype} gradients, "
+        f"{first.ranks} ranks x {first.threads} thread, {first.rounds} rounds"
     )
     cells = {
         "variant": [r.variant + (" *" if r.variant == r.torch_best else "") for r in records],
         "verified": [r.verified for r in records],
         "step ms": [f"{r.step_ms:.2f}" for r in records],
         "p10-p90": [f"{r.step_ms_p10:.2f}-{r.step_ms_p90:.2f}" for r in records],
-        "ratio": [_shown(r.ratio, ".2f") for r in records],
-        "removed": [_shown(r.removed, ".0%") for r in records],
-        "own removed": [_shown(r.own_removed, ".0%") for r in records],
-        "exposed ms": [_shown(r.exposed_ms, ".1f") for r in records],
+        "ratio": [shown(r.ratio, ".2f") for r in records],
+        "removed": [shown(r.removed, ".0%") for r in records],
+        "own removed": [shown(r.own_removed, ".0%") for r in records],
+        "exposed ms": [shown(r.exposed_ms, ".1f") for r in records],
         "wait ms": ["" if r.wait_us is None else f"{r.wait_us / 1e3:.2f}" for r in records],
         "PSS MB": [
             "" if r.pss_peak_bytes is None else f"{r.pss_peak_bytes / 1e6:.0f}" for r in records
         ],
     }
+    print_columns(console, title, cells)
+
+
+def print_columns(console: Console, title: str, cells: Mapping[str, Sequence[str]]) -> None:
+    """A table of columns by heading, without those that are empty."""
+    table = Table(title=title, title_justify="left")
     columns = {heading: column for heading, column in cells.items() if any(column)}
     for heading in columns:
-        table.add_column(heading, justify="left" if heading in ("variant", "verified") else "right")
+        words = heading in ("variant", "dtype", "verified")
+        table.add_column(heading, justify="left" if words else "right")
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     console.print(table)
 
 
-def _shown(estimate: Estimate | None, form: str) -> str:
+def shown(estimate: Estimate | None, form: str) -> str:
     if estimate is None:
         return ""
     if estimate.value is None or estimate.low is None or estimate.high is None:
