@@ -145,7 +145,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("wait_us_total", &Stats::wait_us_total)
       .def_readonly("wait_us_last", &Stats::wait_us_last)
       .def_readonly("bytes_per_round", &Stats::bytes_per_round)
-      .def_readonly("num_buckets", &Stats::num_buckets);
+      .def_readonly("num_buckets", &Stats::num_buckets)
+      .def_readonly("overlaps", &Stats::overlaps);
 
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Reducer, std::shared_ptr<Reducer>>(m, "Reducer")

@@ -49,6 +49,11 @@ at::Tensor empty_sparse(const at::Tensor& variable) {
                                at::empty(values_shape, options), variable.sizes());
 }
 
+// Our own backend runs a collective in the thread that launches it, if that is going to wait.
+bool runs_inline(c10d::ProcessGroup& group, const at::Tensor& param) {
+  return param.is_cpu() && group.getBackend(at::kCPU)->getBackendName() == "shm";
+}
+
 double us_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start)
       .count();
@@ -102,6 +107,7 @@ Reducer::Reducer(std::vector<at::Tensor> params,
       rank_(group->getRank()),
       caps_bytes_(std::move(caps_bytes)),
       frozen_(std::move(frozen)),
+      runs_inline_(runs_inline(*group, params.front())),
       divisor_(group->getSize()) {
   TORCH_CHECK_VALUE(params.size() == names.size() && num_sparse <= params.size(),
                     "fastddp: ", params.size(), " parameters, ", num_sparse,
@@ -228,9 +234,10 @@ void Reducer::on_gradient(std::size_t param) {
 void Reducer::finish_round() {
   const std::lock_guard lock(mutex_);
   if (!round_) return;
+  const bool order_is_settled = order_is_learned_;  // before this round
   const c10::NoGradGuard no_grad;
   try {
-    flush();
+    flush(true);
     const auto start = std::chrono::steady_clock::now();
     for (std::size_t launch = 0; launch < round_->waits.size(); ++launch) wait_for(launch);
     stats_.wait_us_last = us_since(start);
@@ -242,6 +249,8 @@ void Reducer::finish_round() {
   }
   stats_.wait_us_total += stats_.wait_us_last;
   ++stats_.rounds;
+  stats_.overlaps = round_->is_early;
+  if (order_is_settled && !round_->is_shadow) schedule_.add(us_since(round_->begin));
   round_.reset();
   const auto after_round = after_round_;  // it may set another
   if (after_round) after_round();
@@ -252,7 +261,7 @@ void Reducer::abandon_round() noexcept {
   if (!round_) return;
   const c10::NoGradGuard no_grad;
   try {
-    flush();
+    flush(false);
   } catch (...) {  // the backward's own exception is on its way to the user and says more
   }
   round_.reset();
@@ -284,6 +293,7 @@ void Reducer::begin_round(bool is_shadow) {
   }
   if (!installed_) install_plan();
   round_ = std::make_unique<Round>(plan_, params_.size(), is_shadow);
+  round_->is_early = !may_launch_late() || schedule_.is_early();
 }
 
 void Reducer::queue_end() {
@@ -293,6 +303,7 @@ void Reducer::queue_end() {
 }
 
 void Reducer::install_plan() {
+  schedule_ = Schedule();
   stats_.bytes_per_round = 0;
   stats_.num_buckets = static_cast<std::int64_t>(plan_.size());
   // Frees the old buckets before the new are allocated.
@@ -357,7 +368,7 @@ void Reducer::take(std::size_t index) {
   // The first round launches nothing before its end: how many gradients a parameter gets in one
   // backward (re-entrant checkpoints that share it bring several) is only known then. When to
   // launch is this rank's own decision, so it is made by what this rank has seen.
-  if (!counts_are_learned_) return;
+  if (!counts_are_learned_ || !round_->is_early) return;
   for (auto bucket = round_->tracker.pop_full(); bucket != ReadyTracker::kNone;
        bucket = round_->tracker.pop_full()) {
     launch(bucket);
@@ -365,7 +376,7 @@ void Reducer::take(std::size_t index) {
 }
 
 // Fills in what this rank has no gradient for, then sends the bucket on its way.
-void Reducer::launch(std::size_t index) {
+void Reducer::launch(std::size_t index, bool waits) {
   const Bucket& bucket = buckets_[index];
   const BucketPlan& plan = plan_[index];
   bucket.flags.fill_(1);
@@ -374,7 +385,7 @@ void Reducer::launch(std::size_t index) {
     if (round_->taken[param] == 0) add_bystander(param);
   }
   if (!hook_) {
-    round_->waits.push_back(start_all_reduce(bucket.flat));
+    round_->waits.push_back(start_all_reduce(bucket.flat, waits));
     return;
   }
   std::vector<std::size_t> params;
@@ -434,10 +445,16 @@ bool Reducer::is_accumulated(const Param& param, const at::Tensor& grad) {
   return left.defined() && left.get() == grad.unsafeGetTensorImpl();
 }
 
-Wait Reducer::start_all_reduce(at::Tensor tensor) const {
+Wait Reducer::start_all_reduce(at::Tensor tensor, bool waits) const {
   std::vector<at::Tensor> tensors{std::move(tensor)};
+  c10d::AllreduceOptions options;
+  options.asyncOp = !waits;
   const WithoutPythonObjects guard;
-  return [work = group()->allreduce(tensors)] { work->wait(); };
+  try {
+    return [work = group()->allreduce(tensors, options)] { work->wait(); };
+  } catch (const c10::DistBackendError&) {  // it has been waited for already
+    return [error = std::current_exception()] { std::rethrow_exception(error); };
+  }
 }
 
 Wait Reducer::start_hook(std::size_t index,
@@ -448,10 +465,11 @@ Wait Reducer::start_hook(std::size_t index,
   return hook_({index, count, buffer, std::move(params), std::move(offsets)});
 }
 
-void Reducer::flush() {
+// `waits`: whether the caller goes on to wait for all of it.
+void Reducer::flush(bool waits) {
   for (auto bucket = round_->tracker.pop(); bucket != ReadyTracker::kNone;
        bucket = round_->tracker.pop()) {
-    launch(bucket);
+    launch(bucket, waits && may_launch_late());
   }
   for (std::size_t i = num_dense(); i < params_.size(); ++i) launch_sparse(i);
   if (hook_) {  // its callbacks may communicate; see HookRunner in fastddp/hooks.py

@@ -31,6 +31,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -42,6 +43,7 @@
 
 #include "core/dtype.h"
 #include "core/plan.h"
+#include "core/schedule.h"
 #include "core/tracker.h"
 
 namespace fastddp {
@@ -54,6 +56,7 @@ struct Stats {
   double wait_us_last = 0;
   std::int64_t bytes_per_round = 0;
   std::int64_t num_buckets = 0;
+  bool overlaps = true;  // whether the latest round launched buckets while backward went on
 };
 
 // What a communication hook is given: gradients as they are, not yet scaled.
@@ -150,6 +153,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
     const bool is_shadow;  // of a round of the other ranks
     ReadyTracker tracker;
     std::vector<int> taken;  // by parameter, gradients so far
+    bool is_early = true;    // buckets are launched as they fill
+    const std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
     std::vector<std::int64_t> arrival;
     std::vector<Wait> waits;  // in the order of launching
     std::vector<Bystander> bystanders;
@@ -170,13 +175,14 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void queue_end();
   void install_plan();
   void take(std::size_t param);
-  void launch(std::size_t bucket);
+  void launch(std::size_t bucket, bool waits = false);
   void launch_sparse(std::size_t param);
   void launch_loose_flags();
-  void flush();
+  void flush(bool waits);
   void add_bystander(std::size_t param);
+  bool may_launch_late() const { return runs_inline_ && !hook_; }
   static bool is_accumulated(const Param& param, const at::Tensor& grad);
-  Wait start_all_reduce(at::Tensor tensor) const;
+  Wait start_all_reduce(at::Tensor tensor, bool waits = false) const;
   Wait start_hook(std::size_t index,
                   const at::Tensor& buffer,
                   std::vector<std::size_t> params,
@@ -197,6 +203,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   const int rank_;
   const std::vector<std::int64_t> caps_bytes_;
   const std::vector<at::Tensor> frozen_;
+  // Whether a collective that is waited for at once costs no switch of threads.
+  const bool runs_inline_;
   std::vector<ParamSpec> specs_;  // of the dense parameters, which come first
 
   std::atomic<bool> sync_{true};
@@ -215,6 +223,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   std::optional<Agreement> agreement_;
   bool order_is_learned_ = false;
   bool counts_are_learned_ = false;  // a round has ended well on this rank
+  Schedule schedule_;                // of the installed plan
   Stats stats_;
   std::vector<std::string> unused_;
   std::unique_ptr<Round> round_;  // null between rounds

@@ -45,7 +45,14 @@ class Stats(Protocol):
 
     @property
     def num_buckets(self) -> int:
-        """Collectives per round; 0 before the first round."""
+        """Buckets, which are collectives, per round; 0 before the first round."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the latest round launched buckets while backward went on, or all at its end.
+
+        On the shared-memory backend the first rounds try both, and the faster stays.
+        """
 
 
 class Reducer(Protocol):

@@ -28,15 +28,18 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
+from torch.distributed.distributed_c10d import AllreduceOptions
 
 from fastddp.backward import at_end_of_backward, on_backward
 from fastddp.collectives import Loan, settle, without_context
 from fastddp.compiler import refuse_compiled_autograd, untraced
+from fastddp.engine.schedule import Schedule
 from fastddp.hooks import BucketRunner, GradBucket, Wait
 from fastddp.plan import (
     PACKED_ALIGN_BYTES,
@@ -57,6 +60,7 @@ class RoundStats:
     wait_us_last: float = 0.0
     bytes_per_round: int = 0
     num_buckets: int = 0
+    overlaps: bool = True
 
 
 @dataclass(slots=True)
@@ -95,6 +99,9 @@ class _Round:
     """Of a round of the other ranks."""
     missing: list[int]
     """By bucket, gradients still to come."""
+    is_early: bool
+    """Whether buckets are launched as they fill."""
+    begin: float = field(default_factory=time.perf_counter)
     next_bucket: int = 0
     taken: Counter[int] = field(default_factory=Counter)
     """By parameter, gradients so far."""
@@ -130,6 +137,9 @@ class PythonReducer:
         # Weak: whoever frees a process group last joins its threads, and must not hold the GIL.
         self._group_ref = weakref.ref(group)
         self._rank = group.rank()
+        # Whether a collective that is waited for at once costs no switch of threads.
+        self._runs_inline = _runs_inline(group, params[0].device)
+        self._schedule = Schedule()  # of the installed plan
         self._divisor = float(group.size())
         self._caps_bytes = list(caps_bytes)
         self._after_round: Callable[[], None] | None = None
@@ -233,8 +243,9 @@ class PythonReducer:
     def _finish_round(self) -> None:
         current, self._round = self._round, None
         assert current is not None
+        order_is_settled = self._order_is_learned  # before this round
         try:
-            self._flush(current)
+            self._flush(current, waits=True)
             start = time.perf_counter()
             for launch in range(len(current.waits)):
                 self._wait_for(current, launch)
@@ -248,7 +259,10 @@ class PythonReducer:
             rounds=self._stats.rounds + 1,
             wait_us_last=wait_us,
             wait_us_total=self._stats.wait_us_total + wait_us,
+            overlaps=current.is_early,
         )
+        if order_is_settled and not current.is_shadow:
+            self._schedule.add((time.perf_counter() - current.begin) * 1e6)
         if self._after_round is not None:
             self._after_round()
 
@@ -259,7 +273,7 @@ class PythonReducer:
             return
         # The backward's own exception is on its way to the user and says more than one of these.
         with contextlib.suppress(Exception):
-            self._flush(current)
+            self._flush(current, waits=False)
         self._installed = False  # collectives still write to the buckets; the next gets its own
 
     def _accumulates(self) -> bool:
@@ -306,12 +320,21 @@ class PythonReducer:
             self._replan(order.tolist())
         if not self._installed:
             self._install_plan()
-        return _Round(is_shadow, missing=[len(bucket.slots) for bucket in self._plan.buckets])
+        return _Round(
+            is_shadow,
+            missing=[len(bucket.slots) for bucket in self._plan.buckets],
+            is_early=not self._may_launch_late or self._schedule.is_early,
+        )
+
+    @property
+    def _may_launch_late(self) -> bool:
+        return self._runs_inline and self._hook is None
 
     def _queue_end(self) -> None:
         at_end_of_backward(lambda ok: self._finish_round() if ok else self._abandon_round())
 
     def _install_plan(self) -> None:
+        self._schedule = Schedule()
         self._places.clear()  # frees the old buckets before the new are allocated
         self._memory.clear()
         num_sparse = len(self._params) - self._num_dense
@@ -379,14 +402,14 @@ class PythonReducer:
         # The first round launches nothing before its end: how many gradients a parameter gets in
         # one backward (re-entrant checkpoints that share it bring several) is only known then. When
         # to launch is this rank's own decision, so it is made by what this rank has seen.
-        if not self._counts_are_learned:
+        if not self._counts_are_learned or not current.is_early:
             return
         while (
             current.next_bucket < len(current.missing) and current.missing[current.next_bucket] == 0
         ):
             self._launch(current)
 
-    def _launch(self, current: _Round) -> None:
+    def _launch(self, current: _Round, waits: bool = False) -> None:
         """Fills in what this rank has no gradient for, then sends the next bucket on its way."""
         index = current.next_bucket
         bucket, memory = self._plan.buckets[index], self._memory[index]
@@ -396,7 +419,7 @@ class PythonReducer:
                 self._add_bystander(current, slot.param)
         current.next_bucket += 1
         if self._hook is None:
-            current.waits.append(self._start_all_reduce(memory.flat))
+            current.waits.append(self._start_all_reduce(memory.flat, waits))
             return
         gradients = memory.flat.narrow(0, 0, bucket.flags_offset)
         current.waits.append(
@@ -419,9 +442,14 @@ class PythonReducer:
             nth = len(self._plan.buckets) + index - self._num_dense
             current.waits.append(self._start_hook(nth, place.slot, [index], [0]))
 
-    def _start_all_reduce(self, tensor: torch.Tensor) -> Wait:
-        with without_context():
-            work = self._group().allreduce([tensor])
+    def _start_all_reduce(self, tensor: torch.Tensor, waits: bool = False) -> Wait:
+        options = AllreduceOptions()
+        options.asyncOp = not waits
+        try:
+            with without_context():
+                work = self._group().allreduce([tensor], options)
+        except torch.distributed.DistBackendError as error:  # it has been waited for already
+            return partial(_raise, error)
 
         def wait() -> None:
             work.wait()
@@ -463,9 +491,9 @@ class PythonReducer:
         place.flag.zero_()
         current.bystanders.append(_Bystander(index, old))
 
-    def _flush(self, current: _Round) -> None:
+    def _flush(self, current: _Round, waits: bool) -> None:
         while current.next_bucket < len(current.missing):
-            self._launch(current)
+            self._launch(current, waits and self._may_launch_late)
         for index in range(self._num_dense, len(self._params)):
             self._launch_sparse(current, index)
         if self._hook is not None:  # its callbacks may communicate; see HookRunner
@@ -581,6 +609,15 @@ def _gradient_hook(reducer: weakref.ref[PythonReducer], index: int) -> Callable[
             alive._on_gradient(index)
 
     return hook
+
+
+def _runs_inline(group: ProcessGroup, device: torch.device) -> bool:
+    """Returns whether it is our own backend, which then has the launching thread do the work."""
+    return device.type == "cpu" and bool(group._get_backend(device).name() == "shm")
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 def _make_slot(
