@@ -24,6 +24,7 @@ from tests.comm.common import (
     reduced,
     run_group,
 )
+from tests.ranks import scratch_folder
 
 # An element beyond the share that fits a staging slot, for tensors that are cut into shares.
 SIZES = (0, 1, 7, 1023, (128 << 10) // 4 + 1)
@@ -264,8 +265,6 @@ def batch_isend_irecv(rank: int, world_size: int) -> None:
 
 def barrier(rank: int, world_size: int) -> None:
     """Nobody leaves before the last has come: its file is there."""
-    from tests.ranks import scratch_folder
-
     for turn in range(2 * world_size):
         here = scratch_folder() / f"barrier-{turn}"
         if rank == turn % world_size:
