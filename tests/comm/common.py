@@ -34,7 +34,12 @@ OPS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
 _REFUSED = {
     **{(dtype, op): "bits of a float" for dtype in FLOATS for op in ("BAND", "BOR", "BXOR")},
     **{(dtype, "AVG"): "not a whole number" for dtype in (*INTEGERS, torch.bool)},
-    **{(dtype, op): "no such operation" for dtype in COMPLEX for op in OPS if op not in ("SUM", "AVG")},
+    **{
+        (dtype, op): "no such operation"
+        for dtype in COMPLEX
+        for op in OPS
+        if op not in ("SUM", "AVG")
+    },
 }
 
 
@@ -146,9 +151,11 @@ def _reduced_pattern(ranks: tuple[int, ...], dtype: torch.dtype, op: str) -> tor
             combine = {"BAND": torch.bitwise_and, "BOR": torch.bitwise_or}
             result = combine.get(op, torch.bitwise_xor)(result, other)
     if op == "AVG":
-        return (result.to(torch.complex128) / len(ranks)).to(dtype) if dtype.is_complex else (
-            result.double() / len(ranks)
-        ).to(dtype)
+        return (
+            (result.to(torch.complex128) / len(ranks)).to(dtype)
+            if dtype.is_complex
+            else (result.double() / len(ranks)).to(dtype)
+        )
     return result.to(dtype)  # integers wrap around, as sums in their own type do
 
 
@@ -206,7 +213,9 @@ class Operand:
             assert bool((guard == 1).all()), f"elements {what} the tensor were overwritten: {guard}"
 
 
-def allocate(numel: int, dtype: torch.dtype, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+def allocate(
+    numel: int, dtype: torch.dtype, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """Return memory of the backend's own, in which collectives need no copies."""
     backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))
     return backend.allocate_tensor(numel, dtype=dtype, device=torch.device("cpu"))
@@ -214,8 +223,8 @@ def allocate(numel: int, dtype: torch.dtype, group: dist.ProcessGroup | None = N
 
 # Kind of memory -> whether a rank's tensor is of the backend's own.
 _OWN_MEMORY: dict[str, Callable[[int], bool]] = {
-    "ordinary": lambda rank: False,
-    "allocated": lambda rank: True,
+    "ordinary": lambda _: False,
+    "allocated": lambda _: True,
     "allocated on even ranks": lambda rank: rank % 2 == 0,
     "allocated on the last rank": lambda rank: rank == dist.get_world_size() - 1,
 }

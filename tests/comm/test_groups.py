@@ -165,7 +165,9 @@ def _blocked_group_blocks_no_other(rank: int, world_size: int) -> None:
     first, second = dist.new_group(), dist.new_group()
     x, y = given(rank, 5000), given(rank, 5000, start=1)
     if rank == 0:
-        _in_threads(lambda: dist.all_reduce(x, group=first), lambda: dist.all_reduce(y, group=second))
+        _in_threads(
+            lambda: dist.all_reduce(x, group=first), lambda: dist.all_reduce(y, group=second)
+        )
     else:
         dist.all_reduce(y, group=second)
         dist.all_reduce(x, group=first)
@@ -186,7 +188,9 @@ def _open_files() -> list[str]:
         except FileNotFoundError:  # the listing's own
             continue
     with open("/proc/self/maps") as maps:
-        names += [line.split(maxsplit=5)[-1] for line in maps if "memfd:" in line or "/shm/" in line]
+        names += [
+            line.split(maxsplit=5)[-1] for line in maps if "memfd:" in line or "/shm/" in line
+        ]
     return [name.split(":")[0] for name in names]
 
 

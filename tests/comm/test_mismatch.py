@@ -48,7 +48,9 @@ def _broadcast(numel: int, root: int = 0) -> Collective:
 
 def _all_gather(numel: int) -> Collective:
     def call(group: dist.ProcessGroup) -> None:
-        dist.all_gather_into_tensor(torch.ones(numel * group.size()), torch.ones(numel), group=group)
+        dist.all_gather_into_tensor(
+            torch.ones(numel * group.size()), torch.ones(numel), group=group
+        )
 
     return call
 
@@ -112,7 +114,9 @@ MISMATCHES = {
         _all_gather(9), _reduce_scatter(9), ("all.?gather", "reduce.?scatter")
     ),
     "order: all_reduce and gather": Mismatch(_all_reduce(9), _gather(9), (ALL_REDUCE, "gather")),
-    "order: gather and all_to_all": Mismatch(_gather(9), _all_to_all(9), ("gather", "all.?to.?all")),
+    "order: gather and all_to_all": Mismatch(
+        _gather(9), _all_to_all(9), ("gather", "all.?to.?all")
+    ),
     "roots of a broadcast": Mismatch(_broadcast(9), _broadcast(9, root=1), (r"\b0\b", r"\b1\b")),
     "roots of a gather": Mismatch(_gather(9), _gather(9, root=1), (r"\b0\b", r"\b1\b")),
     "elements of a broadcast": Mismatch(_broadcast(9), _broadcast(10), (r"\b9\b", r"\b10\b")),
@@ -203,7 +207,7 @@ WAIT_FOR_ALL_NATIVE = {
     "all.?gather": _all_gather(9),
     "reduce.?scatter": _reduce_scatter(9),
     "broadcast": _broadcast(9),
-    ALL_REDUCE + " of 1": _all_reduce(400_000),
+    ALL_REDUCE + " of many": _all_reduce(400_000),
 }
 
 
@@ -303,8 +307,7 @@ def _lost(rank: int, world_size: int, backend: str, how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         os._exit(3)
     with pytest.raises(RuntimeError) as caught:
-        for _ in range(1000):
-            _all_reduce(9)(dist.group.WORLD)
+        _all_reduce(9)(dist.group.WORLD)
     if backend != "gloo":
         _says(str(caught.value), r"rank 1\b", ALL_REDUCE, r"\b1[12]\b")
     (scratch_folder() / f"told-{rank}").touch()
