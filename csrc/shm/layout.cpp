@@ -41,7 +41,9 @@ bool PublishedCall::read(Time number, Call& call) const {
 
 void Layout::construct() const {
   const Nonce nonce = header().nonce;
-  new (base_) Header{.nonce = nonce, .ranks = static_cast<std::uint32_t>(ranks_)};
+  auto* const made = new (base_) Header;
+  made->nonce = nonce;
+  made->ranks = static_cast<std::uint32_t>(ranks_);
   for (std::size_t i = 0; i < ranks_; ++i) new (&rank(i)) RankBlock;
 }
 
