@@ -15,13 +15,18 @@
 namespace fastddp::shm {
 namespace {
 
-constexpr std::size_t kPage = 4096;
 constexpr std::size_t kLeastBytes = std::size_t{256} << 20;
+
+// 4 KiB on x86; 16 or 64 KiB on some aarch64.
+std::size_t page() {
+  static const auto bytes = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  return bytes;
+}
 
 // Address space for twice the machine's memory: with fragments, more than can be filled.
 std::size_t wanted_bytes() {
   const auto pages = static_cast<std::size_t>(std::max(1L, ::sysconf(_SC_PHYS_PAGES)));
-  return std::max(std::bit_ceil(2 * pages * kPage), kLeastBytes);
+  return std::max(std::bit_ceil(2 * pages * page()), kLeastBytes);
 }
 
 Segment reserve() {
@@ -35,13 +40,13 @@ Segment reserve() {
 }
 
 std::size_t round_up(std::size_t bytes) {
-  return std::max(kPage, (bytes + kPage - 1) / kPage * kPage);
+  return std::max(page(), (bytes + page() - 1) / page() * page());
 }
 
 }  // namespace
 
 Heap::Heap() : pid_(::getpid()), segment_(reserve()) {
-  free_[kPage] = segment_.size() - kPage;  // the first page holds the nonce
+  free_[page()] = segment_.size() - page();  // the first page holds the nonce
 }
 
 Heap& Heap::mine() {
