@@ -58,7 +58,8 @@ Heap& Heap::mine() {
 }
 
 void* Heap::allocate(std::size_t bytes) {
-  const std::size_t rounded = round_up(bytes);
+  // Clamped, as the sum of rounding up would overflow; so much there is not either.
+  const std::size_t rounded = round_up(std::min(bytes, segment_.size()));
   std::size_t offset = 0;
   {
     const std::lock_guard lock(mutex_);
