@@ -50,11 +50,20 @@ Heap::Heap() : pid_(::getpid()), segment_(reserve()) {
 }
 
 Heap& Heap::mine() {
+  // Without the lock once it is made: every collective asks, and a lock that another thread holds
+  // during a fork stays locked in the child.
   static std::mutex mutex;
-  static Heap* heap = nullptr;
+  static std::atomic<Heap*> heap{nullptr};
+  const pid_t me = ::getpid();
+  Heap* made = heap.load(std::memory_order_acquire);
+  if (made != nullptr && made->pid_ == me) return *made;
   const std::lock_guard lock(mutex);
-  if (heap == nullptr || heap->pid_ != ::getpid()) heap = new Heap;
-  return *heap;
+  made = heap.load(std::memory_order_relaxed);
+  if (made == nullptr || made->pid_ != me) {
+    made = new Heap;
+    heap.store(made, std::memory_order_release);
+  }
+  return *made;
 }
 
 void* Heap::allocate(std::size_t bytes) {
