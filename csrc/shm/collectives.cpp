@@ -269,7 +269,8 @@ void Collectives::all_gather(const Operand& input,
   const auto output = [&](std::size_t k, std::size_t offset) {
     return static_cast<char*>(outputs[static_cast<std::size_t>(group_.rank(k))]) + offset;
   };
-  if (bytes > 0 && output(group_.me(), 0) != data) std::memmove(output(group_.me(), 0), data, bytes);
+  if (bytes > 0 && output(group_.me(), 0) != data)
+    std::memmove(output(group_.me(), 0), data, bytes);
   if (meet(bytes)) {
     for (std::size_t k = 0; k < ranks; ++k) {
       if (k != group_.me()) copy(output(k, 0), group_.operand_of(k), bytes);
