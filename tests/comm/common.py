@@ -18,7 +18,7 @@ import torch.distributed as dist
 import fastddp  # noqa: F401 - its import registers its backends
 from tests.ranks import init_group, run_ranks
 
-BACKENDS = ("gloo",)
+BACKENDS = ("gloo", "shm")
 # For what torch's gloo gets wrong, or answers with less: each use says what.
 not_gloo = pytest.mark.parametrize(
     "backend", [name for name in BACKENDS if name != "gloo"], indirect=True
