@@ -9,6 +9,8 @@ that have the same share on the other hosts.
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import json
 import logging
 import os
@@ -29,7 +31,7 @@ from fastddp.collectives import Loan, settle
 
 _log = logging.getLogger("fastddp")
 
-_MESSAGE_BYTES = 1024
+_MESSAGE_BYTES = 4096
 _CPU = torch.device("cpu")
 
 MakeLane = Callable[[int, Sequence[int]], Any]
@@ -45,6 +47,19 @@ def register() -> None:
     """Makes ``shm`` known to torch.distributed."""
     if dist.is_available() and "shm" not in dist.Backend.backend_list:
         dist.Backend.register_backend("shm", _make_backend, devices=["cpu"])
+        atexit.register(_leave_all)
+
+
+def _leave_all() -> None:
+    """Leaves all groups, while what was chained to pending collectives can still run.
+
+    Once the interpreter takes itself apart, a thread that asks for the GIL ends the process.
+    """
+    for group in (*dist.distributed_c10d._world.pg_map, *_counterparts.values()):
+        if group is not None and _CPU in group._device_types:
+            backend = group._get_backend(_CPU)
+            if backend.name() == "shm":
+                backend.shutdown()
 
 
 def why_not() -> str | None:
@@ -116,7 +131,8 @@ def _connect(inner: Any, rank: int, size: int, timeout: timedelta, make_lane: Ma
     meeting = _Meeting(inner, rank, size)
     native = extension.load() if why_not() is None else None
     heap = meeting.attempt(lambda: native.shm_heap().parts() if native is not None else None)
-    cards = meeting.exchange({"host": _host(), "heap": heap, "why_not": why_not()})
+    host = meeting.attempt(_host)
+    cards = meeting.exchange({"host": host, "heap": heap, "why_not": _short(why_not())})
     hosts: dict[str, list[int]] = {}
     for other, card in enumerate(cards):
         hosts.setdefault(card["host"], []).append(other)
@@ -172,14 +188,13 @@ class _Meeting:
         """Returns what ``action`` returns; if it raises, None, and there is trouble."""
         try:
             return action()
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             self.trouble = str(error)
             return None
 
     def exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns what each rank gave, by rank."""
-        trouble = None if self.trouble is None else self.trouble[: _MESSAGE_BYTES // 4]
-        data = json.dumps({**mine, "trouble": trouble}).encode()
+        data = json.dumps({**mine, "trouble": _short(self.trouble)}).encode()
         assert len(data) <= _MESSAGE_BYTES
         sent = torch.frombuffer(bytearray(data.ljust(_MESSAGE_BYTES)), dtype=torch.uint8)
         received = [torch.empty_like(sent) for _ in range(self._size)]
@@ -199,6 +214,11 @@ class _Meeting:
         return messages
 
 
+def _short(text: str | None) -> str | None:
+    """Cuts a text so that two fit into a message, whatever JSON makes of their characters."""
+    return None if text is None else text[: _MESSAGE_BYTES // 16]
+
+
 def _host() -> str:
     """Returns what processes have in common that can open each other's memory."""
     if sys.platform != "linux":
@@ -209,4 +229,4 @@ def _host() -> str:
         str(os.geteuid()),
         config.host_id() or "",
     ]
-    return " ".join(evidence)
+    return hashlib.sha256(" ".join(evidence).encode()).hexdigest()

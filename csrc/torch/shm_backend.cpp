@@ -190,6 +190,7 @@ ShmBackend::~ShmBackend() {
 }
 
 void ShmBackend::shutdown() {
+  if (forks_ != count_forks()) return;  // the parent goes on
   group_->leave();
   if (!turns_->idle())
     group_->abort("rank " + std::to_string(getRank()) +
@@ -199,6 +200,7 @@ void ShmBackend::shutdown() {
 }
 
 void ShmBackend::abort() {
+  check_usable();
   group_->abort("rank " + std::to_string(getRank()) + " has aborted the group");
   inner_->abort();
 }

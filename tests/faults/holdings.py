@@ -1,0 +1,63 @@
+"""What a process holds of the system: descriptors, and mapped or open segments."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def descriptors() -> dict[int, str]:
+    """Returns what each open file descriptor leads to."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def mappings(what: str) -> list[str]:
+    """Returns the lines of this process's mappings of ``memfd:fastddp-<what>``."""
+    return re.findall(rf"^.*/memfd:fastddp-{what}\b.*$", Path("/proc/self/maps").read_text(), re.M)
+
+
+@dataclass(frozen=True)
+class Holdings:
+    descriptors: Mapping[int, str]
+    heaps: int
+    """Mappings of heaps, this process's and others'."""
+    groups: int
+    """Mappings of groups' segments."""
+
+    @classmethod
+    def now(cls) -> Holdings:
+        return cls(descriptors(), len(mappings("heap")), len(mappings("group")))
+
+    def check_same_but_for_my_heap(self) -> None:
+        """Asserts that since then this process has got a heap, which it keeps, and nothing else.
+
+        A transport's threads may still be at closing what they had: for them there is a second.
+        """
+        deadline = time.monotonic() + 1
+        while True:
+            now = Holdings.now()
+            new = {fd: to for fd, to in now.descriptors.items() if fd not in self.descriptors}
+            if len(new) <= 1 or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        assert all("memfd:fastddp-heap" in to for to in new.values()), new
+        assert len(now.descriptors) - len(self.descriptors) == 1, (self, now)
+        assert (now.heaps, now.groups) == (1, 0), (mappings("heap"), mappings("group"))
+
+
+def destroy() -> None:
+    """Destroys all groups, and what is only reachable through cycles."""
+    dist.destroy_process_group()
+    gc.collect()
