@@ -137,7 +137,7 @@ def _connect(inner: Any, rank: int, size: int, timeout: timedelta, make_lane: Ma
     for other, card in enumerate(cards):
         hosts.setdefault(card["host"], []).append(other)
     reasons = {card["why_not"] for card in cards if card["why_not"] is not None}
-    if len(hosts) == size or (len(reasons) == 1 and all(card["why_not"] for card in cards)):
+    if 1 < len(hosts) == size or (len(reasons) == 1 and all(card["why_not"] for card in cards)):
         return inner  # as asked for, or as it has to be: nothing to tell
     if reasons:
         meeting.trouble = meeting.trouble or why_not()

@@ -68,6 +68,7 @@ void Collectives::barrier(Deadline deadline) {
 void Collectives::announce(Kind kind, Deadline deadline) {
   group_.begin({.kind = kind}, deadline);
   group_.advance();
+  group_.compare_so_far();
 }
 
 // Meets the other ranks, unless there are so few bytes that they travel with the first step.

@@ -54,6 +54,9 @@ class Group {
   void await_all(Time time);
   void await(std::size_t index, Time time);
 
+  // Compares with those who have announced theirs already, waiting for nobody. Throws Error.
+  void compare_so_far();
+
   // What another rank announced; after the first await_all().
   const Call& call_of(std::size_t index) const { return calls_[index]; }
   template <typename T = char>

@@ -23,6 +23,16 @@ using c10d::ReduceOp;
 // Through how much memory an ordinary tensor goes on its way to other hosts.
 constexpr std::size_t kScratchBytes = std::size_t{8} << 20;
 
+// How long a rank that leaves lets collectives under way go on.
+constexpr auto kPatience = std::chrono::milliseconds(5000);
+
+// A group and what lies behind it.
+struct Memory {
+  shm::Segment control;
+  std::vector<std::shared_ptr<const shm::Segment>> heaps;
+  std::unique_ptr<shm::Group> group;
+};
+
 // How many forks lie between the first process and this one.
 std::atomic<unsigned> forks{0};
 
@@ -156,22 +166,25 @@ ShmBackend::ShmBackend(int rank,
       inner_(std::move(inner)),
       forks_(count_forks()) {
   const std::size_t count = local.ranks.size();
+  const auto memory = std::make_shared<Memory>();
   std::vector<shm::Member> members;
   for (std::size_t i = 0; i < count; ++i) {
     const shm::Address& address = local.heaps.at(i);
     // First, so that the heap proves it to be the right process.
     const auto process = std::make_shared<const shm::Process>(address.pid);
-    heaps_.push_back(shm::open_peer_heap(address));
-    members.push_back({local.ranks[i], heaps_.back()->data(), process});
+    memory->heaps.push_back(shm::open_peer_heap(address));
+    members.push_back({local.ranks[i], memory->heaps.back()->data(), process});
   }
-  control_ = shm::Segment::open(local.control);
-  const shm::Layout layout(control_.data(), count);
-  if (control_.size() != shm::Layout::bytes(count) ||
+  memory->control = shm::Segment::open(local.control);
+  const shm::Layout layout(memory->control.data(), count);
+  if (memory->control.size() != shm::Layout::bytes(count) ||
       layout.header().version != shm::kLayoutVersion || layout.header().ranks != count) {
     throw shm::Error("the ranks use different versions of fastddp");
   }
   const auto me = std::find(local.ranks.begin(), local.ranks.end(), rank) - local.ranks.begin();
-  group_ = std::make_unique<shm::Group>(layout, std::move(members), static_cast<std::size_t>(me));
+  memory->group =
+      std::make_unique<shm::Group>(layout, std::move(members), static_cast<std::size_t>(me));
+  group_ = {memory, memory->group.get()};
   collectives_ = std::make_unique<shm::Collectives>(*group_);
 }
 
@@ -191,8 +204,10 @@ ShmBackend::~ShmBackend() {
 
 void ShmBackend::shutdown() {
   if (forks_ != count_forks()) return;  // the parent goes on
+  // What is under way ends well if the other ranks come to it.
+  const bool ended = turns_->wait_until_idle(std::min(options_->timeout, kPatience));
   group_->leave();
-  if (!turns_->idle())
+  if (!ended)
     group_->abort("rank " + std::to_string(getRank()) +
                   " has left the group with collectives under way");
   turns_->stop();
@@ -255,17 +270,29 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::start(
   return c10::make_intrusive<TurnWork>(type, std::move(results), turns_, std::move(outcome));
 }
 
-void ShmBackend::hand_on(shm::Kind kind) {
+template <typename Start>
+c10::intrusive_ptr<c10d::Work> ShmBackend::hand_on(shm::Kind kind, Start start) {
+  announce(kind);
+  return c10::make_intrusive<HandedWork>(start(), [group = group_] {
+    try {
+      group->check();
+    } catch (const shm::Error& error) {
+      TORCH_CHECK_WITH(DistBackendError, false, error.what());
+    }
+  });
+}
+
+void ShmBackend::announce(shm::Kind kind) {
   check_usable();
-  const auto announce = [this, kind] {
+  const auto body = [this, kind] {
     collectives_->announce(kind, std::chrono::steady_clock::now() + options_->timeout);
   };
   if (!turns_->idle()) {
-    turns_->submit(announce, {});
+    turns_->submit(body, {});
     return;
   }
   try {
-    turns_->run(announce);
+    turns_->run(body);
   } catch (const shm::Error& error) {
     TORCH_CHECK_WITH(DistBackendError, false, error.what());
   }
@@ -335,8 +362,7 @@ void ShmBackend::all_reduce_across(const shm::Operand& operand,
 c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce(Tensors& tensors,
                                                      const c10d::AllreduceOptions& options) {
   if (tensors.size() != 1 || !can_reduce(tensors[0], options.reduceOp)) {
-    hand_on(shm::Kind::kOther);
-    return inner_->allreduce(tensors, options);
+    return hand_on(shm::Kind::kOther, [&] { return inner_->allreduce(tensors, options); });
   }
   return start(OpType::ALLREDUCE, tensors, options.timeout, options.asyncOp,
                [this, tensor = tensors[0], op = options.reduceOp](shm::Deadline deadline) {
@@ -348,8 +374,8 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce_coalesced(
     Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) {
   const auto can = [&](const at::Tensor& tensor) { return can_reduce(tensor, options.reduceOp); };
   if (!std::all_of(tensors.begin(), tensors.end(), can)) {
-    hand_on(shm::Kind::kOther);
-    return inner_->allreduce_coalesced(tensors, options);
+    return hand_on(shm::Kind::kOther,
+                   [&] { return inner_->allreduce_coalesced(tensors, options); });
   }
   return start(OpType::ALLREDUCE_COALESCED, tensors, options.timeout, options.asyncOp,
                [this, tensors, op = options.reduceOp](shm::Deadline deadline) {
@@ -362,8 +388,7 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce_coalesced(
 c10::intrusive_ptr<c10d::Work> ShmBackend::broadcast(Tensors& tensors,
                                                      const c10d::BroadcastOptions& options) {
   if (tensors.size() != 1 || !can_move(tensors[0]) || spans_hosts()) {
-    hand_on(shm::Kind::kOther);
-    return inner_->broadcast(tensors, options);
+    return hand_on(shm::Kind::kOther, [&] { return inner_->broadcast(tensors, options); });
   }
   const int root = static_cast<int>(options.rootRank);
   TORCH_CHECK_VALUE(root >= 0 && root < getSize(), "fastddp: rank ", getRank(),
@@ -399,8 +424,7 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allgather(Lists& outputs,
   if (inputs.size() != 1 || outputs.size() != 1 || spans_hosts() || !can_move(inputs[0]) ||
       outputs[0].size() != static_cast<std::size_t>(getSize()) ||
       !same_size(outputs[0], inputs[0])) {
-    hand_on(shm::Kind::kOther);
-    return inner_->allgather(outputs, inputs, options);
+    return hand_on(shm::Kind::kOther, [&] { return inner_->allgather(outputs, inputs, options); });
   }
   return start(OpType::ALLGATHER, outputs[0], options.timeout, options.asyncOp,
                [this, outputs = outputs[0], input = inputs[0]](shm::Deadline deadline) {
@@ -415,16 +439,16 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::_allgather_base(at::Tensor& output,
   Tensors inputs{input};
   if (spans_hosts() || !can_move(input) || !can_move(output) || !output.is_contiguous() ||
       output.numel() != input.numel() * getSize() || output.scalar_type() != input.scalar_type()) {
-    hand_on(shm::Kind::kOther);
-    return inner_->_allgather_base(output, input, options);
+    return hand_on(shm::Kind::kOther,
+                   [&] { return inner_->_allgather_base(output, input, options); });
   }
   return allgather_into_tensor_coalesced(outputs, inputs, options);
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::allgather_coalesced(
     Lists& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) {
-  hand_on(shm::Kind::kOther);
-  return inner_->allgather_coalesced(outputs, inputs, options);
+  return hand_on(shm::Kind::kOther,
+                 [&] { return inner_->allgather_coalesced(outputs, inputs, options); });
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::allgather_into_tensor_coalesced(
@@ -436,8 +460,9 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allgather_into_tensor_coalesced(
            outputs[i].scalar_type() == inputs[i].scalar_type();
   }
   if (!ours) {
-    hand_on(shm::Kind::kOther);
-    return inner_->allgather_into_tensor_coalesced(outputs, inputs, options);
+    return hand_on(shm::Kind::kOther, [&] {
+      return inner_->allgather_into_tensor_coalesced(outputs, inputs, options);
+    });
   }
   return start(OpType::_ALLGATHER_BASE, outputs, options.timeout, options.asyncOp,
                [this, outputs, inputs](shm::Deadline deadline) {
@@ -474,8 +499,8 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::reduce_scatter(
       !can_reduce(outputs[0], options.reduceOp) ||
       inputs[0].size() != static_cast<std::size_t>(getSize()) ||
       !same_size(inputs[0], outputs[0])) {
-    hand_on(shm::Kind::kOther);
-    return inner_->reduce_scatter(outputs, inputs, options);
+    return hand_on(shm::Kind::kOther,
+                   [&] { return inner_->reduce_scatter(outputs, inputs, options); });
   }
   return start(OpType::REDUCE_SCATTER, outputs, options.timeout, options.asyncOp,
                [this, output = outputs[0], inputs = inputs[0], op = options.reduceOp](
@@ -498,10 +523,11 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::reduce_scatter_tensor_coalesced(
            outputs[i].scalar_type() == inputs[i].scalar_type();
   }
   if (!ours) {
-    hand_on(shm::Kind::kOther);
-    if (outputs.size() == 1 && inputs.size() == 1)
-      return inner_->_reduce_scatter_base(outputs[0], inputs[0], options);
-    return inner_->reduce_scatter_tensor_coalesced(outputs, inputs, options);
+    return hand_on(shm::Kind::kOther, [&] {
+      return outputs.size() == 1 && inputs.size() == 1
+                 ? inner_->_reduce_scatter_base(outputs[0], inputs[0], options)
+                 : inner_->reduce_scatter_tensor_coalesced(outputs, inputs, options);
+    });
   }
   return start(OpType::_REDUCE_SCATTER_BASE, outputs, options.timeout, options.asyncOp,
                [this, outputs, inputs, op = options.reduceOp](shm::Deadline deadline) {
@@ -516,8 +542,7 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::reduce_scatter_tensor_coalesced(
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::barrier(const c10d::BarrierOptions& options) {
   if (spans_hosts()) {
-    hand_on(shm::Kind::kOther);
-    return inner_->barrier(options);
+    return hand_on(shm::Kind::kOther, [&] { return inner_->barrier(options); });
   }
   return start(OpType::BARRIER, {}, options.timeout, options.asyncOp,
                [this](shm::Deadline deadline) { collectives_->barrier(deadline); });
@@ -525,28 +550,31 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::barrier(const c10d::BarrierOptions& o
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce_sparse(Tensors& tensors,
                                                             const c10d::AllreduceOptions& options) {
-  hand_on(shm::Kind::kOther);
-  return inner_->allreduce_sparse(tensors, options);
+  return hand_on(shm::Kind::kOther, [&] { return inner_->allreduce_sparse(tensors, options); });
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::reduce(Tensors& tensors,
                                                   const c10d::ReduceOptions& options) {
-  hand_on(shm::Kind::kReduce);
-  return inner_->reduce(tensors, options);
+  return hand_on(shm::Kind::kReduce, [&] { return inner_->reduce(tensors, options); });
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::gather(Lists& outputs,
                                                   Tensors& inputs,
                                                   const c10d::GatherOptions& options) {
-  hand_on(shm::Kind::kGather);
-  return inner_->gather(outputs, inputs, options);
+  // gloo gathers no complex numbers.
+  const auto real = [](Tensors& tensors) {
+    for (at::Tensor& tensor : tensors)
+      tensor = tensor.is_complex() ? at::view_as_real(tensor) : tensor;
+  };
+  std::for_each(outputs.begin(), outputs.end(), real);
+  real(inputs);
+  return hand_on(shm::Kind::kGather, [&] { return inner_->gather(outputs, inputs, options); });
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::scatter(Tensors& outputs,
                                                    Lists& inputs,
                                                    const c10d::ScatterOptions& options) {
-  hand_on(shm::Kind::kScatter);
-  return inner_->scatter(outputs, inputs, options);
+  return hand_on(shm::Kind::kScatter, [&] { return inner_->scatter(outputs, inputs, options); });
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::alltoall_base(at::Tensor& output,
@@ -554,15 +582,15 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::alltoall_base(at::Tensor& output,
                                                          std::vector<std::int64_t>& output_splits,
                                                          std::vector<std::int64_t>& input_splits,
                                                          const c10d::AllToAllOptions& options) {
-  hand_on(shm::Kind::kAllToAll);
-  return inner_->alltoall_base(output, input, output_splits, input_splits, options);
+  return hand_on(shm::Kind::kAllToAll, [&] {
+    return inner_->alltoall_base(output, input, output_splits, input_splits, options);
+  });
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::alltoall(Tensors& outputs,
                                                     Tensors& inputs,
                                                     const c10d::AllToAllOptions& options) {
-  hand_on(shm::Kind::kAllToAll);
-  return inner_->alltoall(outputs, inputs, options);
+  return hand_on(shm::Kind::kAllToAll, [&] { return inner_->alltoall(outputs, inputs, options); });
 }
 
 // Not collectives: the ranks that take no part do not hear of these.
@@ -583,7 +611,7 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::recvAnysource(Tensors& tensors, int t
 }
 
 void ShmBackend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) {
-  hand_on(shm::Kind::kOther);
+  announce(shm::Kind::kOther);
   inner_->monitoredBarrier(options, wait_all_ranks);
 }
 

@@ -16,6 +16,7 @@
 #include "shm/collectives.h"
 #include "shm/group.h"
 #include "shm/segment.h"
+#include "torch/handed_work.h"
 #include "torch/turns.h"
 
 namespace fastddp {
@@ -112,8 +113,10 @@ class ShmBackend final : public c10d::Backend {
   // Runs or submits one collective of ours, as its launcher waits for it or not.
   Work start(
       c10d::OpType type, Tensors results, std::chrono::milliseconds timeout, bool async, Body body);
-  // Says to the other ranks that the inner backend is next.
-  void hand_on(shm::Kind kind);
+  // Says to the other ranks that the inner backend is next, and starts that.
+  template <typename Start>
+  Work hand_on(shm::Kind kind, Start start);
+  void announce(shm::Kind kind);
   void all_reduce(const at::Tensor& tensor, const c10d::ReduceOp& op, shm::Deadline deadline);
   void all_reduce_across(const shm::Operand& operand, Reduction reduction, shm::Deadline deadline);
   void all_gather(const Tensors& outputs, const at::Tensor& input, shm::Deadline deadline);
@@ -126,9 +129,8 @@ class ShmBackend final : public c10d::Backend {
 
   const c10::intrusive_ptr<Options> options_;
   c10::intrusive_ptr<c10d::Backend> inner_;
-  shm::Segment control_;
-  std::vector<std::shared_ptr<const shm::Segment>> heaps_;
-  std::unique_ptr<shm::Group> group_;
+  // Works that outlive this hold both, the group with the memory behind it.
+  std::shared_ptr<shm::Group> group_;
   std::unique_ptr<shm::Collectives> collectives_;
   Lanes lanes_;
   at::Tensor scratch_;  // for what has to be in the heap to cross hosts

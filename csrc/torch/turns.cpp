@@ -7,19 +7,20 @@
 #include <utility>
 
 namespace fastddp {
+namespace {
+
+thread_local bool is_worker = false;
+
+}  // namespace
 
 // ---- Outcome ---------------------------------------------------------------------------
 
 bool Outcome::set(std::exception_ptr error) {
-  {
-    const std::lock_guard lock(mutex_);
-    set_ = true;
-    error_ = std::move(error);
-    changed_.notify_all();
-    if (!future_) return false;
-  }
-  complete();
-  return true;
+  const std::lock_guard lock(mutex_);
+  set_ = true;
+  error_ = std::move(error);
+  changed_.notify_all();
+  return static_cast<bool>(future_);
 }
 
 // Outside the lock: this calls what the user has chained to the future.
@@ -90,9 +91,15 @@ std::shared_ptr<Outcome> Turns::submit(Body body, std::vector<at::Tensor> result
   auto outcome = std::make_shared<Outcome>();
   const std::lock_guard lock(mutex_);
   queue_.push_back({next_++, std::move(body), std::move(results), outcome});
-  if (!thread_.joinable()) thread_ = std::thread([self = shared_from_this()] { self->work(); });
+  ensure_a_free_thread();
   changed_.notify_all();
   return outcome;
+}
+
+void Turns::ensure_a_free_thread() {
+  if (queue_.empty() || free_threads_ > 0) return;
+  ++free_threads_;
+  threads_.emplace_back([self = shared_from_this()] { self->work(); });
 }
 
 bool Turns::idle() const {
@@ -100,13 +107,19 @@ bool Turns::idle() const {
   return next_ == now_;
 }
 
+bool Turns::wait_until_idle(std::chrono::milliseconds timeout) {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, timeout, [this] { return next_ == now_; });
+}
+
 void Turns::sweep() {
   std::vector<Job> ended;
   const std::lock_guard lock(mutex_);
-  if (std::this_thread::get_id() != thread_.get_id()) ended.swap(ended_);
+  if (!is_worker) ended.swap(ended_);
 }
 
 void Turns::work() {
+  is_worker = true;
   const c10::NoGradGuard no_grad;
   std::unique_lock lock(mutex_);
   while (true) {
@@ -130,20 +143,31 @@ void Turns::work() {
     lock.unlock();
     const bool has_future = outcome->set(error);
     lock.lock();
-    if (has_future) ended_.push_back({.outcome = std::move(outcome)});
+    if (!has_future) continue;
+    --free_threads_;
+    ensure_a_free_thread();
+    lock.unlock();
+    outcome->complete();
+    lock.lock();
+    ++free_threads_;
+    ended_.push_back({.outcome = std::move(outcome)});
   }
 }
 
 void Turns::stop() {
+  std::vector<std::thread> threads;
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
+    threads.swap(threads_);
     changed_.notify_all();
   }
-  if (thread_.get_id() == std::this_thread::get_id()) {
-    thread_.detach();
-  } else if (thread_.joinable()) {
-    thread_.join();
+  for (std::thread& thread : threads) {
+    if (thread.get_id() == std::this_thread::get_id()) {
+      thread.detach();
+    } else {
+      thread.join();
+    }
   }
 }
 
@@ -165,7 +189,7 @@ TurnWork::TurnWork(c10d::OpType type,
 
 bool TurnWork::wait(std::chrono::milliseconds timeout) {
   TORCH_CHECK_WITH(DistBackendError, outcome_->wait(timeout),
-                   "fastddp: a collective did not end within ", timeout.count(), " ms");
+                   "fastddp: timed out: a collective did not end within ", timeout.count(), " ms");
   if (turns_) turns_->sweep();
   if (const auto error = outcome_->error()) std::rethrow_exception(error);
   return true;

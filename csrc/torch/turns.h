@@ -4,6 +4,9 @@
 // A collective that the launching thread runs costs no switch of threads. One that it does not wait
 // for must not be run there: the other ranks may come to it only after something that this thread
 // has still to do.
+//
+// What a user has chained to a future runs in the thread that ran the collective. It may wait for
+// another collective, so there is always one more thread than are busy with that.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,8 +29,10 @@ namespace fastddp {
 // Whether a collective has ended, and how.
 class Outcome {
  public:
-  // Sets the outcome, wakes those who wait, and completes the future. Returns whether there is one.
+  // Sets the outcome and wakes those who wait. Returns whether there is a future to complete().
   bool set(std::exception_ptr error);
+  // Calls what is chained to the future.
+  void complete();
 
   bool is_set() const;
   std::exception_ptr error() const;
@@ -37,8 +42,6 @@ class Outcome {
   c10::intrusive_ptr<c10::ivalue::Future> future(const std::vector<at::Tensor>& results);
 
  private:
-  void complete();
-
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   bool set_ = false;
@@ -64,7 +67,10 @@ class Turns : public std::enable_shared_from_this<Turns> {
   // Frees what has ended.
   void sweep();
 
-  // Ends the thread, once all that was submitted has ended. Not to be called within a body.
+  // Waits until all that was launched has ended. False if it has not in time.
+  bool wait_until_idle(std::chrono::milliseconds timeout);
+
+  // Ends the threads, once all that was submitted has ended. Not to be called within a body.
   void stop();
 
  private:
@@ -77,6 +83,7 @@ class Turns : public std::enable_shared_from_this<Turns> {
 
   void work();
   void end_turn();
+  void ensure_a_free_thread();
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
@@ -84,7 +91,8 @@ class Turns : public std::enable_shared_from_this<Turns> {
   std::uint64_t now_ = 0;
   std::deque<Job> queue_;
   std::vector<Job> ended_;
-  std::thread thread_;
+  std::vector<std::thread> threads_;
+  int free_threads_ = 0;  // those not in what is chained to a future
   bool stopping_ = false;
 };
 
