@@ -65,8 +65,8 @@ void Collectives::barrier(Deadline deadline) {
   group_.await_all(group_.advance());
 }
 
-void Collectives::announce(Kind kind, Deadline deadline) {
-  group_.begin({.kind = kind}, deadline);
+void Collectives::announce(Kind kind, int root, Deadline deadline) {
+  group_.begin({.kind = kind, .root = static_cast<std::uint32_t>(root)}, deadline);
   group_.advance();
   group_.compare_so_far();
 }

@@ -59,7 +59,7 @@ class Collectives {
                          Deadline deadline);
 
   // Lets the others know that something else is next, so that they do not wait for this rank.
-  void announce(Kind kind, Deadline deadline);
+  void announce(Kind kind, int root, Deadline deadline);
 
  private:
   bool meet(std::size_t bytes);

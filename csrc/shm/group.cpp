@@ -244,11 +244,13 @@ void Group::compare_with(std::size_t index) {
 
 std::string Group::describe(const Call& call) const {
   std::string text = name_of(call.kind);
+  const bool has_root = call.kind == Kind::kBroadcast || call.kind == Kind::kReduce ||
+                        call.kind == Kind::kGather || call.kind == Kind::kScatter;
+  if (has_root) text += " with root " + std::to_string(call.root);
   if (call.kind == Kind::kBarrier || call.kind >= Kind::kReduce) return text;
   text += " of " + std::to_string(call.numel) + " " + name_of(call.element);
   if (call.kind == Kind::kAllReduce || call.kind == Kind::kReduceScatter)
     text += std::string(", ") + name_of(call.reduction);
-  if (call.kind == Kind::kBroadcast) text += ", from rank " + std::to_string(call.root);
   return text;
 }
 

@@ -271,8 +271,8 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::start(
 }
 
 template <typename Start>
-c10::intrusive_ptr<c10d::Work> ShmBackend::hand_on(shm::Kind kind, Start start) {
-  announce(kind);
+c10::intrusive_ptr<c10d::Work> ShmBackend::hand_on(shm::Kind kind, Start start, std::int64_t root) {
+  announce(kind, root);
   return c10::make_intrusive<HandedWork>(start(), [group = group_] {
     try {
       group->check();
@@ -282,10 +282,11 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::hand_on(shm::Kind kind, Start start) 
   });
 }
 
-void ShmBackend::announce(shm::Kind kind) {
+void ShmBackend::announce(shm::Kind kind, std::int64_t root) {
   check_usable();
-  const auto body = [this, kind] {
-    collectives_->announce(kind, std::chrono::steady_clock::now() + options_->timeout);
+  const auto body = [this, kind, root] {
+    collectives_->announce(kind, static_cast<int>(root),
+                           std::chrono::steady_clock::now() + options_->timeout);
   };
   if (!turns_->idle()) {
     turns_->submit(body, {});
@@ -555,7 +556,8 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce_sparse(Tensors& tensors,
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::reduce(Tensors& tensors,
                                                   const c10d::ReduceOptions& options) {
-  return hand_on(shm::Kind::kReduce, [&] { return inner_->reduce(tensors, options); });
+  return hand_on(
+      shm::Kind::kReduce, [&] { return inner_->reduce(tensors, options); }, options.rootRank);
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::gather(Lists& outputs,
@@ -568,13 +570,17 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::gather(Lists& outputs,
   };
   std::for_each(outputs.begin(), outputs.end(), real);
   real(inputs);
-  return hand_on(shm::Kind::kGather, [&] { return inner_->gather(outputs, inputs, options); });
+  return hand_on(
+      shm::Kind::kGather, [&] { return inner_->gather(outputs, inputs, options); },
+      options.rootRank);
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::scatter(Tensors& outputs,
                                                    Lists& inputs,
                                                    const c10d::ScatterOptions& options) {
-  return hand_on(shm::Kind::kScatter, [&] { return inner_->scatter(outputs, inputs, options); });
+  return hand_on(
+      shm::Kind::kScatter, [&] { return inner_->scatter(outputs, inputs, options); },
+      options.rootRank);
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::alltoall_base(at::Tensor& output,

@@ -115,8 +115,8 @@ class ShmBackend final : public c10d::Backend {
       c10d::OpType type, Tensors results, std::chrono::milliseconds timeout, bool async, Body body);
   // Says to the other ranks that the inner backend is next, and starts that.
   template <typename Start>
-  Work hand_on(shm::Kind kind, Start start);
-  void announce(shm::Kind kind);
+  Work hand_on(shm::Kind kind, Start start, std::int64_t root = 0);
+  void announce(shm::Kind kind, std::int64_t root = 0);
   void all_reduce(const at::Tensor& tensor, const c10d::ReduceOp& op, shm::Deadline deadline);
   void all_reduce_across(const shm::Operand& operand, Reduction reduction, shm::Deadline deadline);
   void all_gather(const Tensors& outputs, const at::Tensor& input, shm::Deadline deadline);

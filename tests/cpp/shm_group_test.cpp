@@ -125,7 +125,7 @@ TEST(one_that_hands_on_what_the_others_do_here_is_found_out) {
   const auto errors = run_threads(2, [](Rank& rank) {
     std::vector<float> data(kNumel);
     if (rank.me == 0) return sum_of(rank, data.data(), kNumel);
-    rank.collectives.announce(Kind::kScatter, soon());
+    rank.collectives.announce(Kind::kScatter, 0, soon());
     rank.collectives.barrier(soon());
   });
   for (const std::string& error : errors) CHECK(has(error, "rank 1 called scatter"));
@@ -136,7 +136,7 @@ TEST(handed_on_calls_wait_for_nobody) {
   ranks::check_none(run_threads(3, [&](Rank& rank) {
     if (rank.me != 0) wait_until([&] { return announced.load(); });
     for (std::size_t i = 0; i < 5 * kCallsKept; ++i)
-      rank.collectives.announce(Kind::kReduce, soon());
+      rank.collectives.announce(Kind::kReduce, 0, soon());
     announced = true;
     rank.collectives.barrier(soon());
   }));
@@ -156,7 +156,7 @@ TEST(one_that_is_many_handed_on_calls_ahead_is_known_to_have_agreed) {
       } else {
         rank.collectives.barrier(soon());
       }
-      for (std::size_t i = 0; i < ahead; ++i) rank.collectives.announce(Kind::kGather, soon());
+      for (std::size_t i = 0; i < ahead; ++i) rank.collectives.announce(Kind::kGather, 0, soon());
       ++finished;
       rank.collectives.barrier(soon());
     }));
@@ -169,7 +169,7 @@ TEST(one_that_is_many_handed_on_calls_ahead_is_known_not_to_have_agreed) {
     rank.collectives.barrier(soon());
     if (rank.me == 0) wait_until([&] { return ahead.load(); });
     for (std::size_t i = 0; i < 2 * kCallsKept && rank.me == 1; ++i)
-      rank.collectives.announce(Kind::kGather, soon());
+      rank.collectives.announce(Kind::kGather, 0, soon());
     ahead = true;
     rank.collectives.barrier(soon());
   });
