@@ -96,8 +96,8 @@ struct Half {
     constexpr int kRound = _MM_FROUND_TO_NEAREST_INT;
     const __m256i first = _mm512_maskz_cvtps_ph(0xFFFF, strip(value.first), kRound);
     const __m256i second = _mm512_maskz_cvtps_ph(0xFFFF, strip(value.second), kRound);
-    return reinterpret_cast<Bytes>(
-        _mm512_maskz_inserti64x4(0xFF, _mm512_zextsi256_si512(first), second, 1));
+    const __m512i half = _mm512_maskz_inserti64x4(0xFF, __m512i{}, first, 0);
+    return reinterpret_cast<Bytes>(_mm512_maskz_inserti64x4(0xFF, half, second, 1));
   }
 #elif REDUCE_WIDTH == 32
   REDUCE_INLINE static Pair decode(Bytes memory) {
