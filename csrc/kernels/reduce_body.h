@@ -231,15 +231,24 @@ REDUCE_INLINE V finish(V value, Scalar divisor) {
   }
 }
 
+// A vector anywhere in memory. GCC 12 would copy it by memcpy in two scalar halves.
+typedef std::uint8_t Unaligned __attribute__((vector_size(REDUCE_WIDTH), aligned(1), may_alias));
+
 // The first `size` bytes of a vector, the others zero.
 REDUCE_INLINE Bytes load(const void* src, std::size_t at, std::size_t size) {
+  const char* from = static_cast<const char*>(src) + at;
+  if (size == kWidth) return *reinterpret_cast<const Unaligned*>(from);
   Bytes memory{};
-  std::memcpy(&memory, static_cast<const char*>(src) + at, size);
+  std::memcpy(&memory, from, size);
   return memory;
 }
 
 REDUCE_INLINE void store(void* dst, std::size_t at, Bytes memory, std::size_t size) {
-  std::memcpy(static_cast<char*>(dst) + at, &memory, size);
+  char* to = static_cast<char*>(dst) + at;
+  if (size == kWidth)
+    *reinterpret_cast<Unaligned*>(to) = memory;
+  else
+    std::memcpy(to, &memory, size);
 }
 
 // Reduces kVectors vectors, of `size` bytes each, at byte `at`. All is read before any is written,
