@@ -1,3 +1,4 @@
+// The version for AVX2 and F16C; no function of it runs before reduce.cpp has asked for them.
 #if defined(__x86_64__)
 #define REDUCE_TARGET __attribute__((target("avx2,f16c")))
 #define REDUCE_WIDTH 32

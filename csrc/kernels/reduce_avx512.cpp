@@ -1,3 +1,5 @@
+// The version for AVX-512 F, BW and VL; no function of it runs before reduce.cpp has asked for
+// them.
 #if defined(__x86_64__)
 #define REDUCE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define REDUCE_WIDTH 64

@@ -96,8 +96,8 @@ struct Half {
     constexpr int kRound = _MM_FROUND_TO_NEAREST_INT;
     const __m256i first = _mm512_maskz_cvtps_ph(0xFFFF, strip(value.first), kRound);
     const __m256i second = _mm512_maskz_cvtps_ph(0xFFFF, strip(value.second), kRound);
-    return reinterpret_cast<Bytes>(
-        _mm512_maskz_inserti64x4(0xFF, _mm512_zextsi256_si512(first), second, 1));
+    const __m512i half = _mm512_maskz_inserti64x4(0xFF, __m512i{}, first, 0);
+    return reinterpret_cast<Bytes>(_mm512_maskz_inserti64x4(0xFF, half, second, 1));
   }
 #elif REDUCE_WIDTH == 32
   REDUCE_INLINE static Pair decode(Bytes memory) {
@@ -231,15 +231,24 @@ REDUCE_INLINE V finish(V value, Scalar divisor) {
   }
 }
 
+// A vector anywhere in memory. GCC 12 would copy it by memcpy in two scalar halves.
+typedef std::uint8_t Unaligned __attribute__((vector_size(REDUCE_WIDTH), aligned(1), may_alias));
+
 // The first `size` bytes of a vector, the others zero.
 REDUCE_INLINE Bytes load(const void* src, std::size_t at, std::size_t size) {
+  const char* from = static_cast<const char*>(src) + at;
+  if (size == kWidth) return *reinterpret_cast<const Unaligned*>(from);
   Bytes memory{};
-  std::memcpy(&memory, static_cast<const char*>(src) + at, size);
+  std::memcpy(&memory, from, size);
   return memory;
 }
 
 REDUCE_INLINE void store(void* dst, std::size_t at, Bytes memory, std::size_t size) {
-  std::memcpy(static_cast<char*>(dst) + at, &memory, size);
+  char* to = static_cast<char*>(dst) + at;
+  if (size == kWidth)
+    *reinterpret_cast<Unaligned*>(to) = memory;
+  else
+    std::memcpy(to, &memory, size);
 }
 
 // Reduces kVectors vectors, of `size` bytes each, at byte `at`. All is read before any is written,
