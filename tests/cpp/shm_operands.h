@@ -110,7 +110,7 @@ class Buffer {
       block_ = ordinary_.data();
     }
     std::memset(block_, kMark, whole);
-    data_ = block_ + 64 + fastddp::size_of(element);
+    data_ = block_ + kGuard / 2 + fastddp::size_of(element);
   }
 
   ~Buffer() {
@@ -123,26 +123,43 @@ class Buffer {
   fastddp::shm::Operand operand() const { return {data_, numel_, element_}; }
 
   // Elements are written and compared in a period that no size of a chunk is a multiple of, so that
-  // what is out of place is wrong.
+  // what is out of place is wrong; many periods at a time, as sanitizers take long for single ones.
   void fill(std::size_t begin, std::size_t numel, const std::vector<double>& period) {
-    for (std::size_t i = 0; i < numel; ++i)
-      store(element_, data_, begin + i, period[i % period.size()]);
+    for_blocks(begin, numel, period, [](char* data, const char* expected, std::size_t bytes) {
+      std::memcpy(data, expected, bytes);
+    });
   }
 
   void check_part(std::size_t begin, std::size_t numel, const std::vector<double>& period) const {
-    for (std::size_t i = 0; i < numel; ++i)
-      CHECK(load(element_, data_, begin + i) == period[i % period.size()]);
+    for_blocks(begin, numel, period, [](char* data, const char* expected, std::size_t bytes) {
+      CHECK(std::memcmp(data, expected, bytes) == 0);
+    });
   }
 
   // With the guards.
   void check(std::size_t begin, std::size_t numel, const std::vector<double>& period) const {
     check_part(begin, numel, period);
-    for (const char* byte = block_; byte != data_; ++byte) CHECK(*byte == kMark);
-    for (std::size_t i = 0; i < kGuard - 64 - fastddp::size_of(element_); ++i)
-      CHECK(data_[bytes_ + i] == kMark);
+    const std::vector<char> marks(2 * kGuard, kMark);
+    const auto before = static_cast<std::size_t>(data_ - block_);
+    CHECK(std::memcmp(block_, marks.data(), before) == 0);
+    CHECK(std::memcmp(data_ + bytes_, marks.data(), 2 * kGuard - before) == 0);
   }
 
  private:
+  template <typename Visit>
+  void for_blocks(std::size_t begin,
+                  std::size_t numel,
+                  const std::vector<double>& period,
+                  const Visit& visit) const {
+    const std::size_t size = fastddp::size_of(element_);
+    const std::size_t block = std::min(numel, 256 * period.size());
+    std::vector<char> expected(block * size);
+    for (std::size_t i = 0; i < block; ++i)
+      store(element_, expected.data(), i, period[i % period.size()]);
+    for (std::size_t i = 0; i < numel; i += block)
+      visit(data_ + (begin + i) * size, expected.data(), std::min(block, numel - i) * size);
+  }
+
   static constexpr std::size_t kGuard = 128;
   static constexpr char kMark = 0x5A;
   Element element_;

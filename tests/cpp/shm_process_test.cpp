@@ -40,9 +40,9 @@ void loop_for_ever(Rank& rank, unsigned seed, Board& board) {
 }  // namespace
 
 TEST(processes_reduce_what_lies_in_each_others_heaps) {
-  for (const std::size_t count : {1u, 2u, 3u, 4u, 8u}) {
+  for (const std::size_t count : {1u, 2u, 4u, 8u}) {
     Processes processes(count, [](Rank& rank, Board&) {
-      for (const std::size_t numel : {0u, 1u, 2047u, 2049u, 32769u, 400001u}) {
+      for (const std::size_t numel : {0u, 1u, 2047u, 2049u, 32769u, 100001u}) {
         for (const std::size_t heaps : {0u, 1u, 2u}) {
           const bool in_heap = heaps == 1 || (heaps == 2 && rank.me % 2 == 0);
           const operands::Case sum{Element::kFloat32, Reduction::kSum};
@@ -74,7 +74,7 @@ TEST(processes_go_through_random_sequences) {
 
 TEST(whoever_is_left_hears_who_was_killed_and_how) {
   std::mt19937 random(11);
-  for (unsigned trial = 0; trial < 12; ++trial) {
+  for (unsigned trial = 0; trial < 10; ++trial) {
     const std::size_t count = 2 + random() % 3;
     const std::size_t victim = random() % count;
     Processes processes(count,

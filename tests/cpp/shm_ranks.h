@@ -6,7 +6,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstddef>
@@ -17,6 +19,7 @@
 #include <iterator>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -35,7 +38,7 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 // Longer than any test may wait for what does come.
-inline shm::Deadline soon() { return steady_clock::now() + std::chrono::seconds(60); }
+inline shm::Deadline soon() { return steady_clock::now() + std::chrono::seconds(30); }
 inline shm::Deadline in(milliseconds time) { return steady_clock::now() + time; }
 
 inline bool has(const std::string& text, const std::string& part) {
@@ -47,10 +50,14 @@ inline std::ptrdiff_t count_open_files() {
   return std::distance(begin(files), end(files));
 }
 
-// Waits for another thread or process, without a limit: the test's own is far enough.
+// Waits for another thread or process.
 template <typename Condition>
 void wait_until(const Condition& condition) {
-  while (!condition()) std::this_thread::sleep_for(std::chrono::microseconds(200));
+  const auto end = soon();
+  while (!condition()) {
+    if (steady_clock::now() > end) throw std::runtime_error("what was waited for did not come");
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
 }
 
 struct Rank {
