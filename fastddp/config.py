@@ -15,3 +15,15 @@ def engine() -> str | None:
     if value not in (None, "native", "python"):
         raise ValueError(f"FASTDDP_ENGINE={value!r} is not one of native, python")
     return value
+
+
+def keep_memory() -> bool:
+    """Returns whether ``FASTDDP_KEEP_MEMORY`` is 1, its default, rather than 0.
+
+    Raises:
+        ValueError: if it is set to anything else.
+    """
+    value = os.environ.get("FASTDDP_KEEP_MEMORY") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"FASTDDP_KEEP_MEMORY={value!r} is not one of 0, 1")
+    return value == "1"
