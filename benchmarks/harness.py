@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import pss_bytes
 from benchmarks.models import MODELS, Batch, Model, gradient_bytes
-from benchmarks.variants import TORCH, Groups, Variant
+from benchmarks.variants import TORCH, Groups, Variant, keep_memory
 
 SEED = 17
 LEARNING_RATE = 1e-3
@@ -73,6 +73,10 @@ class Replica:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.loss(self.wrapped(batch.inputs), batch.targets).backward()
 
+    def prepare(self) -> None:
+        """To be called before each backward or step, outside of what is timed."""
+        keep_memory(self.variant.keeps_memory)
+
     def step(self, batch: Batch) -> None:
         self.backward(batch)
         self.optimizer.step()
@@ -99,6 +103,7 @@ def measure(plan: Plan) -> RankResult:
 
     refuse_on_any_rank(check_steps(replicas, original, model, plan.warmup))
     for replica in replicas.values():  # the first optimizer step is a warm-up too
+        replica.prepare()
         replica.step(model.batch(rank, plan.warmup))
 
     waited = {name: _wait_us(replica) for name, replica in replicas.items()}
@@ -128,6 +133,7 @@ def measure_memory(plan: Plan) -> int:
     (variant,) = plan.variants
     model = MODELS[plan.model]
     replica = Replica(variant, model.build(SEED), model, make_groups())
+    replica.prepare()
     with sampled_peak() as peak:
         for number in range(plan.warmup + plan.rounds):
             replica.step(model.batch(dist.get_rank(), number))
@@ -151,6 +157,7 @@ def turn_order(names: Sequence[str], number: int) -> list[str]:
 
 
 def timed_step_ms(replica: Replica, batch: Batch) -> float:
+    replica.prepare()
     dist.barrier()
     start = time.perf_counter()
     replica.step(batch)
@@ -184,6 +191,7 @@ def check_steps(
     for step in range(steps):
         batch = model.batch(dist.get_rank(), step)
         for replica in replicas.values():
+            replica.prepare()
             replica.backward(batch)
         bound = None if one_order_of_summation() else rounding_bound(original, model, batch)
         reference = replicas[TORCH]

@@ -119,6 +119,8 @@ def figures(variant: Variant, samples: Samples) -> dict[str, Figure]:
         found["exposed_ms"] = lambda s: median(s[name]) - median(s[twin])
     if NOSYNC not in samples or not variant.synchronises or name in TORCH_VARIANTS:
         return found
+    if variant.keeps_memory:  # what it saves is not only torch's overhead
+        return found
     found["removed"] = lambda s: share_removed(over(s, name), of=torch_best(s) - median(s[NOSYNC]))
     if twin is not None and twin in samples and TORCH_NOOP in samples:
         found["own_removed"] = lambda s: share_removed(over(s, twin), of=over(s, TORCH_NOOP))

@@ -33,13 +33,15 @@ class Variant:
 
     `synchronises` says that its gradients must equal the reference's; the others are yardsticks
     whose values are not checked. `twin` names the variant that does the same work less the
-    communication.
+    communication. `keeps_memory` says that its steps run with fastddp's memory that stays mapped
+    when large tensors are freed; the others run with torch's own allocator, whoever's they are.
     """
 
     name: str
     wrap: Wrap
     synchronises: bool = True
     twin: str | None = None
+    keeps_memory: bool = False
 
 
 NOSYNC, TORCH, TORCH_NOOP = "nosync", "torch", "torch-noop"
@@ -113,15 +115,30 @@ VARIANTS = {
             "fastddp-noop", partial(fast_ddp, engine="native", silent=True), synchronises=False
         ),
         Variant("fastddp-python", partial(fast_ddp, engine="python")),
+        Variant("nosync-kept", leave, synchronises=False, keeps_memory=True),
+        Variant("torch-kept", torch_ddp, keeps_memory=True),
+        Variant("fastddp-kept", partial(fast_ddp, engine="native"), keeps_memory=True),
     )
 }
+
+
+def keep_memory(on: bool) -> None:
+    """Chooses the allocator of this process, which wrapping by fastddp may have changed."""
+    if importlib.util.find_spec("fastddp") is None:
+        return
+    from fastddp import extension
+
+    native = extension.load()
+    if native is not None and native.keep_memory(on) != on:
+        raise RuntimeError("another library has given torch an allocator for CPU tensors")
 
 
 def available() -> list[str]:
     """The names of all variants that this installation can run."""
     missing: set[str] = set()
+    kept = {name for name, variant in VARIANTS.items() if variant.keeps_memory}
     if importlib.util.find_spec("fastddp") is None:
-        missing |= {name for name in VARIANTS if name.startswith("fastddp")}
+        missing |= {name for name in VARIANTS if name.startswith("fastddp")} | kept
     elif importlib.util.find_spec("fastddp._C") is None:
-        missing |= {"fastddp", "fastddp-noop"}
+        missing |= {"fastddp", "fastddp-noop"} | kept
     return [name for name in VARIANTS if name not in missing]

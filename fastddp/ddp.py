@@ -35,6 +35,9 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
     decided when *backward* begins rather than at the forward before it, and ``.grad`` is always a
     view of the bucket that was reduced.
 
+    On the CPU, with two ranks or more, large tensors of the whole process get memory that stays
+    mapped when they are freed; ``FASTDDP_KEEP_MEMORY=0`` prevents it, see :mod:`fastddp.memory`.
+
     It is a subclass of torch's, so that ``isinstance`` holds everywhere, but none of torch's
     ``__init__`` runs.
 

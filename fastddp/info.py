@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fastddp import extension
+from fastddp import extension, memory
 from fastddp.version import __version__
 
 
@@ -40,6 +40,8 @@ class Info:
     engine: Choice
     device: Choice
     process_group: Choice
+    memory: Choice
+    """What becomes of large CPU tensors that are freed, see :mod:`fastddp.memory`."""
 
     def __str__(self) -> str:
         rows = {
@@ -53,6 +55,7 @@ class Info:
             "engine": self.engine,
             "device": self.device,
             "process group": self.process_group,
+            "freed memory": self.memory,
         }
         lines = [
             f"fastddp {self.version}",
@@ -80,6 +83,7 @@ def info() -> Info:
         engine=engine,
         device=device,
         process_group=process_group,
+        memory=_memory(),
     )
 
 
@@ -124,6 +128,16 @@ def _device() -> Choice:
     if local_rank is None:
         return Choice("cuda:0", "LOCAL_RANK is not set")
     return Choice(f"cuda:{local_rank}", f"LOCAL_RANK={local_rank}")
+
+
+def _memory() -> Choice:
+    try:
+        against = memory.why_not()
+    except ValueError as error:
+        return Choice("none", str(error))
+    if against is not None:
+        return Choice("left to torch's allocator", against)
+    return Choice("kept between steps", "for models on the CPU, with two ranks or more")
 
 
 def _process_group() -> Choice:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from fastddp import config, memory, optim_in_backward, shm
 from fastddp import engine as engines
-from fastddp import optim_in_backward, shm
 from fastddp.agreement import agree_on_module, check_module, ignored_names
 from fastddp.buffers import BufferHook, Buffers
 from fastddp.collectives import broadcast_tensors
@@ -91,6 +91,7 @@ class Replica:
     def _check(self) -> None:
         check_module(self.module)
         engines.choose(self.options.engine)
+        config.keep_memory()
 
     def broadcast_model(self, root: int = 0, with_buffers: bool = True) -> None:
         """Gives every rank the parameters, and buffers, of rank ``root`` of the group."""
@@ -111,6 +112,8 @@ class Replica:
         group = self.group
         if group is None:
             return
+        if not self._alone and self.device.type == "cpu":
+            memory.keep()
         elsewhere, sparse = self.ignored | self.delayed, _sparse_parameters(self.module)
         named = {name: p for name, p in self.module.named_parameters() if name not in elsewhere}
         # Once hooked, for ever: else two halves of a model that train in turns would have it hooked

@@ -6,6 +6,7 @@
 #include "shm/error.h"
 #include "shm/heap.h"
 #include "torch/dtype.h"
+#include "torch/keep_memory.h"
 #include "torch/reducer.h"
 #include "torch/shm_backend.h"
 
@@ -139,6 +140,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def("scale_copy", on_tensors(&scale_copy), py::arg("dst"), py::arg("src"), py::arg("scale"));
   m.def("scale_add", on_tensors(&scale_add), py::arg("dst"), py::arg("src"), py::arg("scale"));
+
+  m.def("keep_memory", &keep_memory, py::arg("on"));
+  py::class_<KeptMemory>(m, "KeptMemory")
+      .def_readonly("in_use", &KeptMemory::in_use)
+      .def_readonly("idle", &KeptMemory::idle)
+      .def_readonly("peak", &KeptMemory::peak);
+  m.def("kept_memory", &kept_memory);
 
   py::class_<Stats>(m, "Stats")
       .def_readonly("rounds", &Stats::rounds)

@@ -179,6 +179,12 @@ def test_figures_of_a_known_run() -> None:
     assert found == {"ratio": 120 / 125, "exposed_ms": 21}
 
 
+def test_kept_memory_is_not_credited_with_torchs_overhead() -> None:
+    samples = {**SAMPLES, "fastddp-kept": [60.0] * 4}
+    found = {name: f(samples) for name, f in figures(VARIANTS["fastddp-kept"], samples).items()}
+    assert found == {"ratio": 2}
+
+
 def test_figures_need_their_yardsticks() -> None:
     few = {name: SAMPLES[name] for name in ("torch", "fastddp")}
     assert figures(VARIANTS["fastddp"], few).keys() == {"ratio"}

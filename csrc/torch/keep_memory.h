@@ -1,0 +1,26 @@
+// Gives torch's large CPU tensors memory that stays mapped between training steps.
+#pragma once
+
+#include <cstddef>
+
+namespace fastddp {
+
+// From here on malloc may return a block to the kernel when it is freed: the initial
+// M_MMAP_THRESHOLD of glibc.
+inline constexpr std::size_t kLargeBytes = 128 * 1024;
+
+// Has tensors on the CPU of kLargeBytes or more allocated through one BlockCache in this process,
+// or by torch's default allocator again. Blocks of either remain valid and go back to where they
+// came from. Returns whether the cache is in use now: it never takes the place of another library's
+// allocator.
+bool keep_memory(bool on);
+
+// Bytes of the cache, zero until it is first used.
+struct KeptMemory {
+  std::size_t in_use = 0;
+  std::size_t idle = 0;
+  std::size_t peak = 0;  // the most that were in use at once
+};
+KeptMemory kept_memory();
+
+}  // namespace fastddp
