@@ -183,15 +183,17 @@ ShmBackend::~ShmBackend() {
     static_cast<void>(new std::shared_ptr<Turns>(std::move(turns_)));
     return;
   }
-  const WithoutGil without_gil;
   shutdown();
+  const WithoutGil without_gil;
   inner_.reset();
   lanes_.backend.reset();
 }
 
 void ShmBackend::shutdown() {
   if (forks_ != count_forks()) return;  // the parent goes on
-  group_->leave();
+  const WithoutGil without_gil;
+  // Of a process that is ending the others wait for the end: it says more.
+  if (Py_IsInitialized()) group_->leave();
   if (!turns_->idle())
     group_->abort("rank " + std::to_string(getRank()) +
                   " has left the group with collectives under way");
