@@ -13,6 +13,7 @@ from fastddp.ddp import DistributedDataParallel
 from fastddp.errors import MismatchError, RankError
 from fastddp.gather import gather_unpadded
 from fastddp.info import info
+from fastddp.launch import init_process_group
 from fastddp.patch import patch
 from fastddp.sampler import DistributedSampler
 from fastddp.shm import register as _register_shm
@@ -30,6 +31,7 @@ __all__ = [
     "accumulate",
     "gather_unpadded",
     "info",
+    "init_process_group",
     "patch",
     "spawn",
     "wrap",

@@ -140,8 +140,7 @@ def _process_group() -> Choice:
         return Choice("none", str(error))
     if not environment.launched:
         return Choice("none", "no launcher set RANK and WORLD_SIZE: one process, nothing to reduce")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     return Choice(
-        f"a new group, {backend}",
+        f"a new group, {launch.default_backend()}",
         f"launched as rank {environment.rank} of {environment.world_size}",
     )

@@ -1,8 +1,14 @@
-// Element-wise reductions over the memory of several ranks.
+// Element-wise reductions over several ranks' memory, in the widest vectors this CPU has.
 //
-// The same loops are compiled for several instruction sets, and the best one that the processor has
-// is used. All give the same bits: each operation rounds once, none are fused, and the order is
-// that of the sources.
+// Every version gives the same bits:
+// - Sources are combined in the order given, each operation rounds once, nothing is fused.
+// - Integers wrap. A bool is a byte that is 0 or 1; its sum is "or" and its product is "and".
+// - Minimum and maximum are std::min and std::max of what was reduced so far and the next source:
+//   a NaN in the first source stays, a NaN in a later one loses, and so does an equal zero.
+// - 16-bit floats are combined in float and rounded once, as core/half.h does, at the end. A NaN
+//   becomes 0x7FC0 in bfloat16 and the one with its sign, 0x7E00 or 0xFE00, in float16.
+// - The one freedom left: where several NaNs meet in a sum or product, any of them may be the
+//   result (an FPU keeps its first operand, and compilers swap operands).
 #pragma once
 
 #include <cstddef>
@@ -21,10 +27,8 @@ enum class Element : std::uint8_t {
   kInt16,
   kInt32,
   kInt64,
-  kBool
+  kBool,
 };
-
-enum class Reduction : std::uint8_t { kSum, kAvg, kProduct, kMin, kMax, kBand, kBor, kBxor };
 
 constexpr std::size_t size_of(Element element) {
   switch (element) {
@@ -46,12 +50,12 @@ constexpr std::size_t size_of(Element element) {
   return 0;
 }
 
-// dsts[k][i] = srcs[0][i] op srcs[1][i] op ... for every k and i, in this order.
-//
-// A destination may be one of the sources, but may not overlap one in part. 16-bit floats are
-// computed in float and rounded once, at the end. Integers wrap around. A minimum or maximum with a
-// NaN is NaN. The sum and the maximum of bools is "or", their product and minimum "and". An average
-// is the sum, divided once by `divisor`; other reductions ignore it.
+enum class Reduction : std::uint8_t { kSum, kAvg, kProduct, kMin, kMax, kBand, kBor, kBxor };
+
+// dst[k][i] = src[0][i] op ... op src[num_srcs - 1][i] for every destination k and i < numel.
+// At least one source; the sum of kAvg is divided by `divisor`, which the others ignore.
+// A destination may be one of the sources, at the same address, but may not overlap any in part;
+// destinations may not overlap each other. Pointers need the alignment of one element.
 using Reduce = void (*)(void* const* dsts,
                         std::size_t num_dsts,
                         const void* const* srcs,
@@ -59,13 +63,17 @@ using Reduce = void (*)(void* const* dsts,
                         std::size_t numel,
                         double divisor);
 
+// Returns nullptr where the combination means nothing: bitwise operations on floats, averages of
+// anything else.
+Reduce find_reduce(Element element, Reduction reduction);
+
+// The instruction sets there are versions for. kPlain is what the compiler targets by default.
 enum class Isa : std::uint8_t { kPlain, kAvx2, kAvx512 };
 
-// The instruction sets that were compiled and that this processor has; the last is the best.
-const std::vector<Isa>& usable_isas();
+// Those that this CPU and operating system can run, narrowest first; find_reduce takes the last.
+const std::vector<Isa>& available_isas();
 
-// Null where the combination means nothing: bitwise on floats, an average of integers or bools.
-Reduce find_reduce(Element element, Reduction reduction);
+// The version for one of available_isas().
 Reduce find_reduce(Element element, Reduction reduction, Isa isa);
 
 }  // namespace fastddp

@@ -1,34 +1,11 @@
-#include <cstddef>
-#include <cstdint>
-
-#include "core/half.h"
-#include "kernels/reduce_isa.h"
-
 #if defined(__x86_64__)
-
-#include <immintrin.h>
-
-#define FASTDDP_F16C
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,f16c")
-#endif
-
+#define REDUCE_TARGET __attribute__((target("avx2,f16c")))
+#define REDUCE_WIDTH 32
 #include "kernels/reduce_body.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-
 namespace fastddp {
-const FindReduce find_reduce_avx2 = &find;
+
+Reduce find_reduce_avx2(Element element, Reduction reduction) { return find(element, reduction); }
+
 }  // namespace fastddp
-
-#else
-
-namespace fastddp {
-const FindReduce find_reduce_avx2 = nullptr;
-}  // namespace fastddp
-
 #endif

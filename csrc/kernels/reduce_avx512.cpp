@@ -1,35 +1,11 @@
-#include <cstddef>
-#include <cstdint>
-
-#include "core/half.h"
-#include "kernels/reduce_isa.h"
-
 #if defined(__x86_64__)
-
-#include <immintrin.h>
-
-#define FASTDDP_F16C
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#endif
-
+#define REDUCE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define REDUCE_WIDTH 64
 #include "kernels/reduce_body.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-
 namespace fastddp {
-const FindReduce find_reduce_avx512 = &find;
+
+Reduce find_reduce_avx512(Element element, Reduction reduction) { return find(element, reduction); }
+
 }  // namespace fastddp
-
-#else
-
-namespace fastddp {
-const FindReduce find_reduce_avx512 = nullptr;
-}  // namespace fastddp
-
 #endif

@@ -1,281 +1,382 @@
-// The loops of reduce.h, for the instruction set that the including file has chosen. Everything has
-// internal linkage, and what is included here was included there before the choice: the linker
-// would otherwise take any file's copy of an inline function for all, also that of a file whose
-// instructions the processor does not have.
+// The body of reduce.h, compiled once for each instruction set by reduce_<isa>.cpp, which defines
+//
+//   REDUCE_TARGET  the function attribute that allows the instruction set
+//   REDUCE_WIDTH   bytes in a vector: 16, or 32 with AVX2 and F16C, or 64 with AVX-512 F, BW and VL
+//
+// Every function here carries REDUCE_TARGET and lives in the anonymous namespace, and none but
+// builtins are called. Otherwise the linker, which keeps one of several equal inline functions,
+// could give the plain version one with instructions that the CPU does not have.
+//
+// Vectors are the GCC vector extension, which Clang shares: the operators work on each lane, do not
+// promote, and a comparison gives a mask. Arithmetic is on unsigned integers, whose overflow wraps.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/reduce.h"
+
+#if REDUCE_WIDTH > 16
+#include <immintrin.h>
+#endif
+
+#define REDUCE_INLINE [[gnu::always_inline]] REDUCE_TARGET inline
 
 namespace fastddp {
 namespace {
 
-// One pass over so few elements that they stay in the first-level cache.
-constexpr std::size_t kBlock = 1024;
+constexpr std::size_t kWidth = REDUCE_WIDTH;
 
-// dst == src or apart: no iteration depends on another.
-#if defined(__clang__)
-#define FASTDDP_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(REDUCE_WIDTH)));
+};
+
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+using Bytes = Vector<std::uint8_t>;
+using Words = Vector<std::uint32_t>;
+using Floats = Vector<float>;
+
+// How a vector of memory is read into and written from what it is computed in.
+
+template <typename T>
+struct Native {
+  static constexpr std::size_t kSize = sizeof(T);
+  using Scalar = T;
+  using Wide = Vector<T>;
+  REDUCE_INLINE static Wide decode(Bytes memory) { return reinterpret_cast<Wide>(memory); }
+  REDUCE_INLINE static Bytes encode(Wide value) { return reinterpret_cast<Bytes>(value); }
+};
+
+// 16-bit floats: each half of the elements has a vector of its own.
+struct Pair {
+  Floats first;
+  Floats second;
+};
+
+// The upper half of a float is a bfloat16: the elements at odd places are in place already.
+struct Brain {
+  static constexpr std::size_t kSize = 2;
+  using Scalar = float;
+  using Wide = Pair;
+
+  REDUCE_INLINE static Pair decode(Bytes memory) {
+    const auto words = reinterpret_cast<Words>(memory);
+    return {reinterpret_cast<Floats>(words << 16), reinterpret_cast<Floats>(words & 0xFFFF0000u)};
+  }
+
+  REDUCE_INLINE static Bytes encode(Pair value) {
+    return reinterpret_cast<Bytes>(round(value.first) >> 16 | (round(value.second) & 0xFFFF0000u));
+  }
+
+  // to_bfloat16, still in the upper half
+  REDUCE_INLINE static Words round(Floats value) {
+    const auto bits = reinterpret_cast<Words>(value);
+    const Words rounded = bits + (0x7FFFu + (bits >> 16 & 1u));
+    return value == value ? rounded : Words{} + 0x7FC00000u;
+  }
+};
+
+struct Half {
+  static constexpr std::size_t kSize = 2;
+  using Scalar = float;
+  using Wide = Pair;
+
+#if REDUCE_WIDTH == 64
+  // The masks are full. GCC 12 warns of its own header in the forms without a mask.
+  REDUCE_INLINE static Pair decode(Bytes memory) {
+    const auto halves = reinterpret_cast<__m512i>(memory);
+    return {_mm512_maskz_cvtph_ps(0xFFFF, _mm512_maskz_extracti64x4_epi64(0xF, halves, 0)),
+            _mm512_maskz_cvtph_ps(0xFFFF, _mm512_maskz_extracti64x4_epi64(0xF, halves, 1))};
+  }
+
+  REDUCE_INLINE static Bytes encode(Pair value) {
+    constexpr int kRound = _MM_FROUND_TO_NEAREST_INT;
+    const __m256i first = _mm512_maskz_cvtps_ph(0xFFFF, strip(value.first), kRound);
+    const __m256i second = _mm512_maskz_cvtps_ph(0xFFFF, strip(value.second), kRound);
+    return reinterpret_cast<Bytes>(
+        _mm512_maskz_inserti64x4(0xFF, _mm512_zextsi256_si512(first), second, 1));
+  }
+#elif REDUCE_WIDTH == 32
+  REDUCE_INLINE static Pair decode(Bytes memory) {
+    const auto halves = reinterpret_cast<__m256i>(memory);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+            _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+  }
+
+  REDUCE_INLINE static Bytes encode(Pair value) {
+    const __m128i first = _mm256_cvtps_ph(strip(value.first), _MM_FROUND_TO_NEAREST_INT);
+    const __m128i second = _mm256_cvtps_ph(strip(value.second), _MM_FROUND_TO_NEAREST_INT);
+    return reinterpret_cast<Bytes>(
+        _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1));
+  }
 #else
-#define FASTDDP_INDEPENDENT _Pragma("GCC ivdep")
+  REDUCE_INLINE static Pair decode(Bytes memory) {
+    const auto words = reinterpret_cast<Words>(memory);
+    return {widen(words & 0xFFFFu), widen(words >> 16)};
+  }
+
+  REDUCE_INLINE static Bytes encode(Pair value) {
+    return reinterpret_cast<Bytes>(narrow(value.first) | narrow(value.second) << 16);
+  }
 #endif
 
-// ---- element types: what they are computed in, and the way there and back --------------
+  // The instruction keeps a NaN's payload; to_float16 keeps its sign alone. (decode made it quiet.)
+  REDUCE_INLINE static Floats strip(Floats value) {
+    const auto nan = reinterpret_cast<Words>(value != value);
+    return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) & ~(nan & 0x003FFFFFu));
+  }
 
-template <typename T>
-struct As {
-  using Compute = T;
-  static void load(T* to, const T* from, std::size_t numel) {
-    FASTDDP_INDEPENDENT
-    for (std::size_t i = 0; i < numel; ++i) to[i] = from[i];
+  // to_float, lane by lane. Comparisons are signed, for SSE2 has no others.
+  REDUCE_INLINE static Floats widen(Words half) {
+    using Ints = Vector<std::int32_t>;
+    const Words magnitude = half & 0x7FFFu;
+    const auto order = reinterpret_cast<Ints>(magnitude);
+    const Words shifted = magnitude << 13;
+    const Words quiet = order > 0x7C00 ? Words{} + 0x00400000u : Words{};
+    const Floats tiny = __builtin_convertvector(order, Floats) * 0x1p-24f;
+    const Words large = order >= 0x7C00 ? (shifted + 0x70000000u) | quiet : shifted + 0x38000000u;
+    const Words result = order < 0x0400 ? reinterpret_cast<Words>(tiny) : large;
+    return reinterpret_cast<Floats>(result | (half & 0x8000u) << 16);
   }
-  static void store(T* to, const T* from, std::size_t numel) { load(to, from, numel); }
-};
 
-template <>
-struct As<BFloat16> {
-  using Compute = float;
-  static void load(float* to, const BFloat16* from, std::size_t numel) {
-    FASTDDP_INDEPENDENT
-    for (std::size_t i = 0; i < numel; ++i) to[i] = to_float(from[i]);
-  }
-  static void store(BFloat16* to, const float* from, std::size_t numel) {
-    FASTDDP_INDEPENDENT
-    for (std::size_t i = 0; i < numel; ++i) to[i] = to_bfloat16(from[i]);
-  }
-};
-
-template <>
-struct As<Float16> {
-  using Compute = float;
-  static void load(float* to, const Float16* from, std::size_t numel) {
-    std::size_t i = 0;
-#if defined(FASTDDP_F16C)
-    for (; i + 8 <= numel; i += 8) {
-      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(bits));
-    }
-#endif
-    for (; i < numel; ++i) to[i] = to_float(from[i]);
-  }
-  static void store(Float16* to, const float* from, std::size_t numel) {
-    std::size_t i = 0;
-#if defined(FASTDDP_F16C)
-    const __m128i magnitude = _mm_set1_epi16(0x7FFF);
-    const __m128i infinity = _mm_set1_epi16(0x7C00);
-    const __m128i nan = _mm_set1_epi16(0x7E00);
-    for (; i + 8 <= numel; i += 8) {
-      __m128i bits = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-      // One NaN, as in half.h; the instruction would keep its payload.
-      const __m128i is_nan = _mm_cmpgt_epi16(_mm_and_si128(bits, magnitude), infinity);
-      const __m128i signed_nan = _mm_or_si128(_mm_andnot_si128(magnitude, bits), nan);
-      bits = _mm_blendv_epi8(bits, signed_nan, is_nan);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bits);
-    }
-#endif
-    for (; i < numel; ++i) to[i] = to_float16(from[i]);
+  // to_float16, lane by lane.
+  REDUCE_INLINE static Words narrow(Floats value) {
+    using Ints = Vector<std::int32_t>;
+    const auto bits = reinterpret_cast<Words>(value);
+    const Words magnitude = bits & 0x7FFFFFFFu;
+    const auto order = reinterpret_cast<Ints>(magnitude);
+    const Words rebiased = magnitude - 0x38000000u;
+    const Words normal = (rebiased + 0x0FFFu + (rebiased >> 13 & 1u)) >> 13;
+    const Floats aligned = reinterpret_cast<Floats>(magnitude) + 0.5f;
+    const Words tiny = reinterpret_cast<Words>(aligned) - 0x3F000000u;
+    const Words infinite = order > 0x7F800000 ? Words{} + 0x7E00u : Words{} + 0x7C00u;
+    const Words finite = order < 0x38800000 ? tiny : normal;
+    return (order >= 0x477FF000 ? infinite : finite) | (bits >> 16 & 0x8000u);
   }
 };
 
-// ---- operations ------------------------------------------------------------------------
-
-template <typename T>
-struct Unsigned {
-  using Type = T;  // floats, and what cannot overflow into undefined behaviour
-};
-template <>
-struct Unsigned<std::int32_t> {
-  using Type = std::uint32_t;
-};
-template <>
-struct Unsigned<std::int64_t> {
-  using Type = std::uint64_t;
-};
+// The operations, on one vector or on both of a pair.
 
 struct Sum {
-  template <typename T>
-  static T apply(T a, T b) {
-    using U = typename Unsigned<T>::Type;
-    return static_cast<T>(static_cast<U>(a) + static_cast<U>(b));
+  template <typename V>
+  REDUCE_INLINE static V combine(V a, V b) {
+    return a + b;
   }
 };
 
 struct Product {
-  template <typename T>
-  static T apply(T a, T b) {
-    using U = typename Unsigned<T>::Type;
-    return static_cast<T>(static_cast<U>(a) * static_cast<U>(b));
+  template <typename V>
+  REDUCE_INLINE static V combine(V a, V b) {
+    return a * b;
   }
 };
 
 struct Min {
-  template <typename T>
-  static T apply(T a, T b) {
-    return a < b || a != a ? a : b;
+  template <typename V>
+  REDUCE_INLINE static V combine(V a, V b) {
+    return b < a ? b : a;
   }
 };
 
 struct Max {
-  template <typename T>
-  static T apply(T a, T b) {
-    return a > b || a != a ? a : b;
+  template <typename V>
+  REDUCE_INLINE static V combine(V a, V b) {
+    return a < b ? b : a;
   }
 };
 
-struct And {
-  template <typename T>
-  static T apply(T a, T b) {
-    return static_cast<T>(a & b);
+struct Band {
+  template <typename V>
+  REDUCE_INLINE static V combine(V a, V b) {
+    return a & b;
   }
 };
 
-struct Or {
-  template <typename T>
-  static T apply(T a, T b) {
-    return static_cast<T>(a | b);
+struct Bor {
+  template <typename V>
+  REDUCE_INLINE static V combine(V a, V b) {
+    return a | b;
   }
 };
 
-struct Xor {
-  template <typename T>
-  static T apply(T a, T b) {
-    return static_cast<T>(a ^ b);
+struct Bxor {
+  template <typename V>
+  REDUCE_INLINE static V combine(V a, V b) {
+    return a ^ b;
   }
 };
 
-// ---- loops -----------------------------------------------------------------------------
+struct Avg : Sum {};
 
-// Two ranks, each of which gets the result where its operand was: the common case, without a
-// detour.
-template <typename T, typename Op>
-void reduce_two(T* a, T* b, std::size_t numel) {
-  FASTDDP_INDEPENDENT
-  for (std::size_t i = 0; i < numel; ++i) {
-    const T value = Op::apply(a[i], b[i]);
-    a[i] = value;
-    b[i] = value;
+template <typename Op, typename V>
+REDUCE_INLINE V combine(V a, V b) {
+  if constexpr (std::is_same_v<V, Pair>) {
+    return {Op::combine(a.first, b.first), Op::combine(a.second, b.second)};
+  } else {
+    return Op::combine(a, b);
   }
 }
 
-template <typename T, typename Op>
-void reduce_block(typename As<T>::Compute* sum,
-                  const void* const* srcs,
-                  std::size_t num_srcs,
-                  std::size_t begin,
-                  std::size_t numel) {
-  using Compute = typename As<T>::Compute;
-  As<T>::load(sum, static_cast<const T*>(srcs[0]) + begin, numel);
-  alignas(64) Compute next[kBlock];
-  for (std::size_t k = 1; k < num_srcs; ++k) {
-    As<T>::load(next, static_cast<const T*>(srcs[k]) + begin, numel);
-    for (std::size_t i = 0; i < numel; ++i) sum[i] = Op::apply(sum[i], next[i]);
+template <typename Op, typename V, typename Scalar>
+REDUCE_INLINE V finish(V value, Scalar divisor) {
+  if constexpr (!std::is_same_v<Op, Avg>) {
+    return value;
+  } else if constexpr (std::is_same_v<V, Pair>) {
+    return {value.first / divisor, value.second / divisor};
+  } else {
+    return value / divisor;
   }
 }
 
-template <typename T, typename Op, bool kDivides>
-void reduce_all(void* const* dsts,
-                std::size_t num_dsts,
-                const void* const* srcs,
-                std::size_t num_srcs,
-                std::size_t numel,
-                double divisor) {
-  using Compute = typename As<T>::Compute;
-  if constexpr (!kDivides && sizeof(T) == sizeof(Compute)) {
-    if (num_dsts == 2 && num_srcs == 2 && dsts[0] == srcs[0] && dsts[1] == srcs[1] &&
-        dsts[0] != dsts[1]) {
-      return reduce_two<T, Op>(static_cast<T*>(dsts[0]), static_cast<T*>(dsts[1]), numel);
-    }
-  }
-  alignas(64) Compute sum[kBlock];
-  for (std::size_t begin = 0; begin < numel; begin += kBlock) {
-    const std::size_t count = numel - begin < kBlock ? numel - begin : kBlock;
-    reduce_block<T, Op>(sum, srcs, num_srcs, begin, count);
-    if constexpr (kDivides) {
-      const auto by = static_cast<Compute>(divisor);
-      for (std::size_t i = 0; i < count; ++i) sum[i] = sum[i] / by;
-    }
-    for (std::size_t k = 0; k < num_dsts; ++k)
-      As<T>::store(static_cast<T*>(dsts[k]) + begin, sum, count);
+// The first `size` bytes of a vector, the others zero.
+REDUCE_INLINE Bytes load(const void* src, std::size_t at, std::size_t size) {
+  Bytes memory{};
+  std::memcpy(&memory, static_cast<const char*>(src) + at, size);
+  return memory;
+}
+
+REDUCE_INLINE void store(void* dst, std::size_t at, Bytes memory, std::size_t size) {
+  std::memcpy(static_cast<char*>(dst) + at, &memory, size);
+}
+
+// Reduces kVectors vectors, of `size` bytes each, at byte `at`. All is read before any is written,
+// because a destination may be a source.
+template <typename Format, typename Op, std::size_t kVectors>
+REDUCE_INLINE void step(void* const* dsts,
+                        std::size_t num_dsts,
+                        const void* const* srcs,
+                        std::size_t num_srcs,
+                        std::size_t at,
+                        std::size_t size,
+                        typename Format::Scalar divisor) {
+  typename Format::Wide sum[kVectors];
+  for (std::size_t v = 0; v < kVectors; ++v)
+    sum[v] = Format::decode(load(srcs[0], at + v * kWidth, size));
+  for (std::size_t s = 1; s < num_srcs; ++s)
+    for (std::size_t v = 0; v < kVectors; ++v)
+      sum[v] = combine<Op>(sum[v], Format::decode(load(srcs[s], at + v * kWidth, size)));
+  Bytes result[kVectors];
+  for (std::size_t v = 0; v < kVectors; ++v)
+    result[v] = Format::encode(finish<Op>(sum[v], divisor));
+  for (std::size_t d = 0; d < num_dsts; ++d)
+    for (std::size_t v = 0; v < kVectors; ++v) store(dsts[d], at + v * kWidth, result[v], size);
+}
+
+template <typename Format, typename Op>
+REDUCE_INLINE void loop(void* const* dsts,
+                        std::size_t num_dsts,
+                        const void* const* srcs,
+                        std::size_t num_srcs,
+                        std::size_t bytes,
+                        typename Format::Scalar divisor) {
+  constexpr std::size_t kVectors = 4;
+  std::size_t at = 0;
+  for (; at + kVectors * kWidth <= bytes; at += kVectors * kWidth)
+    step<Format, Op, kVectors>(dsts, num_dsts, srcs, num_srcs, at, kWidth, divisor);
+  for (; at + kWidth <= bytes; at += kWidth)
+    step<Format, Op, 1>(dsts, num_dsts, srcs, num_srcs, at, kWidth, divisor);
+  if (at < bytes) step<Format, Op, 1>(dsts, num_dsts, srcs, num_srcs, at, bytes - at, divisor);
+}
+
+template <typename Format, typename Op>
+REDUCE_TARGET void reduce(void* const* dsts,
+                          std::size_t num_dsts,
+                          const void* const* srcs,
+                          std::size_t num_srcs,
+                          std::size_t numel,
+                          double divisor) {
+  const auto scalar = static_cast<typename Format::Scalar>(divisor);
+  const std::size_t bytes = numel * Format::kSize;
+  if (num_srcs == 2 && num_dsts == 2) {  // two ranks: the loops over ranks unroll
+    void* const both_dsts[] = {dsts[0], dsts[1]};
+    const void* const both_srcs[] = {srcs[0], srcs[1]};
+    loop<Format, Op>(both_dsts, 2, both_srcs, 2, bytes, scalar);
+  } else {
+    loop<Format, Op>(dsts, num_dsts, srcs, num_srcs, bytes, scalar);
   }
 }
 
-template <typename T>
-Reduce of_floats(Reduction reduction) {
+template <typename Format>
+REDUCE_TARGET Reduce find_floating(Reduction reduction) {
   switch (reduction) {
     case Reduction::kSum:
-      return &reduce_all<T, Sum, false>;
+      return reduce<Format, Sum>;
     case Reduction::kAvg:
-      return &reduce_all<T, Sum, true>;
+      return reduce<Format, Avg>;
     case Reduction::kProduct:
-      return &reduce_all<T, Product, false>;
+      return reduce<Format, Product>;
     case Reduction::kMin:
-      return &reduce_all<T, Min, false>;
+      return reduce<Format, Min>;
     case Reduction::kMax:
-      return &reduce_all<T, Max, false>;
+      return reduce<Format, Max>;
     default:
       return nullptr;
   }
 }
 
 template <typename T>
-Reduce of_integers(Reduction reduction) {
+REDUCE_TARGET Reduce find_integer(Reduction reduction) {
+  using Unsigned = Native<std::make_unsigned_t<T>>;
   switch (reduction) {
     case Reduction::kSum:
-      return &reduce_all<T, Sum, false>;
+      return reduce<Unsigned, Sum>;
     case Reduction::kProduct:
-      return &reduce_all<T, Product, false>;
+      return reduce<Unsigned, Product>;
     case Reduction::kMin:
-      return &reduce_all<T, Min, false>;
+      return reduce<Native<T>, Min>;
     case Reduction::kMax:
-      return &reduce_all<T, Max, false>;
+      return reduce<Native<T>, Max>;
     case Reduction::kBand:
-      return &reduce_all<T, And, false>;
+      return reduce<Unsigned, Band>;
     case Reduction::kBor:
-      return &reduce_all<T, Or, false>;
+      return reduce<Unsigned, Bor>;
     case Reduction::kBxor:
-      return &reduce_all<T, Xor, false>;
-    case Reduction::kAvg:
+      return reduce<Unsigned, Bxor>;
+    default:
       return nullptr;
   }
-  return nullptr;
 }
 
-Reduce of_bools(Reduction reduction) {
+REDUCE_TARGET Reduce find_bool(Reduction reduction) {
   switch (reduction) {
     case Reduction::kSum:
     case Reduction::kMax:
     case Reduction::kBor:
-      return &reduce_all<std::uint8_t, Or, false>;
+      return find_integer<std::uint8_t>(Reduction::kBor);
     case Reduction::kProduct:
     case Reduction::kMin:
     case Reduction::kBand:
-      return &reduce_all<std::uint8_t, And, false>;
-    case Reduction::kBxor:
-      return &reduce_all<std::uint8_t, Xor, false>;
-    case Reduction::kAvg:
-      return nullptr;
+      return find_integer<std::uint8_t>(Reduction::kBand);
+    default:
+      return find_integer<std::uint8_t>(reduction);
   }
-  return nullptr;
 }
 
-Reduce find(Element element, Reduction reduction) {
+REDUCE_TARGET Reduce find(Element element, Reduction reduction) {
   switch (element) {
     case Element::kFloat32:
-      return of_floats<float>(reduction);
+      return find_floating<Native<float>>(reduction);
     case Element::kFloat64:
-      return of_floats<double>(reduction);
+      return find_floating<Native<double>>(reduction);
     case Element::kFloat16:
-      return of_floats<Float16>(reduction);
+      return find_floating<Half>(reduction);
     case Element::kBFloat16:
-      return of_floats<BFloat16>(reduction);
+      return find_floating<Brain>(reduction);
     case Element::kInt8:
-      return of_integers<std::int8_t>(reduction);
+      return find_integer<std::int8_t>(reduction);
     case Element::kUInt8:
-      return of_integers<std::uint8_t>(reduction);
+      return find_integer<std::uint8_t>(reduction);
     case Element::kInt16:
-      return of_integers<std::int16_t>(reduction);
+      return find_integer<std::int16_t>(reduction);
     case Element::kInt32:
-      return of_integers<std::int32_t>(reduction);
+      return find_integer<std::int32_t>(reduction);
     case Element::kInt64:
-      return of_integers<std::int64_t>(reduction);
+      return find_integer<std::int64_t>(reduction);
     case Element::kBool:
-      return of_bools(reduction);
+      return find_bool(reduction);
   }
   return nullptr;
 }

@@ -75,6 +75,8 @@ void Collectives::announce(Kind kind, Deadline deadline) {
 bool Collectives::meet(std::size_t bytes) {
   if (bytes <= kFewBytes) return false;
   group_.await_all(group_.advance());
+  // One that was stopped meanwhile may not write to ranks that have given up.
+  group_.check();
   return group_.all_direct();
 }
 
@@ -191,6 +193,7 @@ void Collectives::all_reduce_across(const Operand& operand,
                   .operand = place_in_heap(operand.data, operand.bytes())};
   group_.begin(call, deadline);
   group_.await_all(group_.advance());
+  group_.check();
   const std::size_t bytes = size_of(operand.element);
   if (group_.me() < lanes) {
     const Range mine = part_of(operand.numel, bytes, group_.me(), lanes);
@@ -200,6 +203,7 @@ void Collectives::all_reduce_across(const Operand& operand,
     void* const own = parts[group_.me()];
     reduce(&own, 1, parts.data(), parts.size(), mine.size(), divisor);
     cross(own, mine.size());
+    group_.check();
     const void* const source = own;
     spread(parts.data(), parts.size(), &source, 1, mine.size(), divisor);
   }
@@ -265,7 +269,8 @@ void Collectives::all_gather(const Operand& input,
   const auto output = [&](std::size_t k, std::size_t offset) {
     return static_cast<char*>(outputs[static_cast<std::size_t>(group_.rank(k))]) + offset;
   };
-  if (output(group_.me(), 0) != data) std::memmove(output(group_.me(), 0), data, bytes);
+  if (bytes > 0 && output(group_.me(), 0) != data)
+    std::memmove(output(group_.me(), 0), data, bytes);
   if (meet(bytes)) {
     for (std::size_t k = 0; k < ranks; ++k) {
       if (k != group_.me()) copy(output(k, 0), group_.operand_of(k), bytes);

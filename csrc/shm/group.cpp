@@ -150,7 +150,9 @@ void Group::await_all(Time time) {
     await(i, time);
     if (!compared_) compare_with(i);
   }
+  if (compared_) return;
   compared_ = true;
+  layout_.rank(me_).agreed.store(first_, std::memory_order_release);
 }
 
 bool Group::all_direct() const {
@@ -211,9 +213,17 @@ void Group::find_fault(std::size_t index, Time time) {
 }
 
 void Group::compare_with(std::size_t index) {
-  if (!layout_.rank(index).calls[count() % kCallsKept].read(first_, calls_[index])) {
-    // Only calls that wait for nobody let a rank get so far ahead, and this is none.
-    calls_[index] = {.kind = Kind::kOther};
+  const RankBlock& block = layout_.rank(index);
+  if (!block.calls[count() % kCallsKept].read(first_, calls_[index])) {
+    // It is many calls ahead that wait for nobody. If it waited in this one, it has compared, so it
+    // called the same; it can not have compared in a later one, which this rank has not begun.
+    // Nobody needs to know then where its operand was: it could not go on before that was read.
+    if (block.agreed.load(std::memory_order_relaxed) == first_) {
+      calls_[index] = calls_[me_];
+      calls_[index].operand = Call::kElsewhere;
+    } else {
+      calls_[index] = {.kind = Kind::kOther};
+    }
   }
   if (calls_[me_].agrees_with(calls_[index])) return;
   const auto [low, high] = std::minmax(me_, index);

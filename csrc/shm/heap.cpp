@@ -15,13 +15,18 @@
 namespace fastddp::shm {
 namespace {
 
-constexpr std::size_t kPage = 4096;
 constexpr std::size_t kLeastBytes = std::size_t{256} << 20;
+
+// 4 KiB on x86; 16 or 64 KiB on some aarch64.
+std::size_t page() {
+  static const auto bytes = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  return bytes;
+}
 
 // Address space for twice the machine's memory: with fragments, more than can be filled.
 std::size_t wanted_bytes() {
   const auto pages = static_cast<std::size_t>(std::max(1L, ::sysconf(_SC_PHYS_PAGES)));
-  return std::max(std::bit_ceil(2 * pages * kPage), kLeastBytes);
+  return std::max(std::bit_ceil(2 * pages * page()), kLeastBytes);
 }
 
 Segment reserve() {
@@ -35,25 +40,35 @@ Segment reserve() {
 }
 
 std::size_t round_up(std::size_t bytes) {
-  return std::max(kPage, (bytes + kPage - 1) / kPage * kPage);
+  return std::max(page(), (bytes + page() - 1) / page() * page());
 }
 
 }  // namespace
 
 Heap::Heap() : pid_(::getpid()), segment_(reserve()) {
-  free_[kPage] = segment_.size() - kPage;  // the first page holds the nonce
+  free_[page()] = segment_.size() - page();  // the first page holds the nonce
 }
 
 Heap& Heap::mine() {
+  // Without the lock once it is made: every collective asks, and a lock that another thread holds
+  // during a fork stays locked in the child.
   static std::mutex mutex;
-  static Heap* heap = nullptr;
+  static std::atomic<Heap*> heap{nullptr};
+  const pid_t me = ::getpid();
+  Heap* made = heap.load(std::memory_order_acquire);
+  if (made != nullptr && made->pid_ == me) return *made;
   const std::lock_guard lock(mutex);
-  if (heap == nullptr || heap->pid_ != ::getpid()) heap = new Heap;
-  return *heap;
+  made = heap.load(std::memory_order_relaxed);
+  if (made == nullptr || made->pid_ != me) {
+    made = new Heap;
+    heap.store(made, std::memory_order_release);
+  }
+  return *made;
 }
 
 void* Heap::allocate(std::size_t bytes) {
-  const std::size_t rounded = round_up(bytes);
+  // Clamped, as the sum of rounding up would overflow; so much there is not either.
+  const std::size_t rounded = round_up(std::min(bytes, segment_.size()));
   std::size_t offset = 0;
   {
     const std::lock_guard lock(mutex_);

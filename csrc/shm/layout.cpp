@@ -23,7 +23,8 @@ void unpack(std::uint64_t what, Call& call) {
 void PublishedCall::write(Time number, const Call& call) {
   const std::uint64_t doubled = number * 2;
   // The stores of the parts are releases: whoever reads a part of this call sees the odd number.
-  number_.store(doubled + 1, std::memory_order_relaxed);
+  // That one is too: whoever finds a call replaced sees what its rank did before.
+  number_.store(doubled + 1, std::memory_order_release);
   what_.store(pack(call), std::memory_order_release);
   numel_.store(call.numel, std::memory_order_release);
   operand_.store(call.operand, std::memory_order_release);
@@ -36,12 +37,14 @@ bool PublishedCall::read(Time number, Call& call) const {
   unpack(what_.load(std::memory_order_acquire), call);
   call.numel = numel_.load(std::memory_order_acquire);
   call.operand = operand_.load(std::memory_order_acquire);
-  return number_.load(std::memory_order_relaxed) == doubled;
+  return number_.load(std::memory_order_acquire) == doubled;
 }
 
 void Layout::construct() const {
   const Nonce nonce = header().nonce;
-  new (base_) Header{.nonce = nonce, .ranks = static_cast<std::uint32_t>(ranks_)};
+  auto* const made = new (base_) Header;
+  made->nonce = nonce;
+  made->ranks = static_cast<std::uint32_t>(ranks_);
   for (std::size_t i = 0; i < ranks_; ++i) new (&rank(i)) RankBlock;
 }
 

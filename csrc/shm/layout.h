@@ -71,6 +71,7 @@ enum class State : std::uint32_t { kHere, kLeft };
 struct RankBlock {
   Clock clock;
   std::atomic<State> state{State::kHere};
+  std::atomic<Time> agreed{0};  // the end of the first step of the last call it found all agree on
   std::array<PublishedCall, kCallsKept> calls;
 };
 
@@ -83,7 +84,7 @@ struct Verdict {
   std::array<char, kTextBytes> text{};
 };
 
-constexpr std::uint32_t kLayoutVersion = 1;
+constexpr std::uint32_t kLayoutVersion = 2;
 
 struct Header {
   Nonce nonce;

@@ -39,17 +39,23 @@ std::string describe_end(int status) {
   return "exited with status " + std::to_string(WEXITSTATUS(status));
 }
 
-// The wait status of a process that ended, while nobody has collected it and after.
-std::optional<int> end_of(pid_t pid, int pidfd) {
+// The wait status of a process that has been collected.
+std::optional<int> end_once_collected(int pidfd) {
   PidfdInfo info{};
   info.mask = kInfoExit;
   if (::ioctl(pidfd, _IOWR(0xFF, 11, PidfdInfo), &info) == 0 && (info.mask & kInfoExit) != 0)
     return info.exit_code;
+  return std::nullopt;
+}
+
+// The wait status of a process that ended, while nobody has collected it and after.
+std::optional<int> end_of(pid_t pid, int pidfd) {
+  if (const auto status = end_once_collected(pidfd)) return status;
   // Fields after the parenthesised name: the state is the first, the exit code the last (proc(5)).
   std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
   std::string text((std::istreambuf_iterator<char>(file)), {});
   const auto after_name = text.rfind(')');
-  if (after_name == std::string::npos) return std::nullopt;
+  if (after_name == std::string::npos) return end_once_collected(pidfd);  // between the two looks
   std::istringstream rest(text.substr(after_name + 1));
   const std::vector<std::string> fields{std::istream_iterator<std::string>(rest), {}};
   if (fields.size() < 50 || (fields.front() != "Z" && fields.front() != "X")) return std::nullopt;

@@ -76,8 +76,9 @@ Segment Segment::open(const Address& address) {
   if (status.st_uid != ::geteuid())
     throw Error(path + " belongs to user " + std::to_string(status.st_uid) + ", this process to " +
                 std::to_string(::geteuid()));
-  if (static_cast<std::uint64_t>(status.st_size) != address.bytes ||
-      (::fcntl(fd.get(), F_GET_SEALS) & kSeals) != kSeals) {
+  const int seals = ::fcntl(fd.get(), F_GET_SEALS);  // -1, all bits set, for other kinds of files
+  if (static_cast<std::uint64_t>(status.st_size) != address.bytes || seals < 0 ||
+      (seals & kSeals) != kSeals) {
     throw Error(path + " is not the segment that was announced");
   }
   Segment segment(std::move(fd), address.bytes);

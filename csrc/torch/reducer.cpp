@@ -50,8 +50,9 @@ at::Tensor empty_sparse(const at::Tensor& variable) {
 }
 
 // Our own backend runs a collective in the thread that launches it, if that is going to wait.
-bool runs_inline(c10d::ProcessGroup& group, const at::Tensor& param) {
-  return param.is_cpu() && group.getBackend(at::kCPU)->getBackendName() == "shm";
+bool runs_inline(c10d::ProcessGroup& group, const std::vector<at::Tensor>& params) {
+  return !params.empty() && params.front().is_cpu() &&
+         group.getBackend(at::kCPU)->getBackendName() == "shm";
 }
 
 double us_since(std::chrono::steady_clock::time_point start) {
@@ -107,7 +108,7 @@ Reducer::Reducer(std::vector<at::Tensor> params,
       rank_(group->getRank()),
       caps_bytes_(std::move(caps_bytes)),
       frozen_(std::move(frozen)),
-      runs_inline_(runs_inline(*group, params.front())),
+      runs_inline_(runs_inline(*group, params)),
       divisor_(group->getSize()) {
   TORCH_CHECK_VALUE(params.size() == names.size() && num_sparse <= params.size(),
                     "fastddp: ", params.size(), " parameters, ", num_sparse,

@@ -138,7 +138,7 @@ class PythonReducer:
         self._group_ref = weakref.ref(group)
         self._rank = group.rank()
         # Whether a collective that is waited for at once costs no switch of threads.
-        self._runs_inline = _runs_inline(group, params[0].device)
+        self._runs_inline = _runs_inline(group, params)
         self._schedule = Schedule()  # of the installed plan
         self._divisor = float(group.size())
         self._caps_bytes = list(caps_bytes)
@@ -611,9 +611,11 @@ def _gradient_hook(reducer: weakref.ref[PythonReducer], index: int) -> Callable[
     return hook
 
 
-def _runs_inline(group: ProcessGroup, device: torch.device) -> bool:
+def _runs_inline(group: ProcessGroup, params: Sequence[torch.Tensor]) -> bool:
     """Returns whether it is our own backend, which then has the launching thread do the work."""
-    return device.type == "cpu" and bool(group._get_backend(device).name() == "shm")
+    if not params or params[0].device.type != "cpu":
+        return False
+    return bool(group._get_backend(params[0].device).name() == "shm")
 
 
 def _raise(error: BaseException) -> NoReturn:

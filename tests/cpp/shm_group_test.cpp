@@ -1,0 +1,338 @@
+// How groups go in step and how they fail; ranks are threads.
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "shm/error.h"
+#include "shm_ranks.h"
+
+using fastddp::Element;
+using fastddp::Reduction;
+using fastddp::shm::Error;
+using fastddp::shm::kCallsKept;
+using fastddp::shm::Kind;
+using fastddp::shm::Operand;
+using fastddp::shm::Time;
+using ranks::has;
+using ranks::in;
+using ranks::milliseconds;
+using ranks::Rank;
+using ranks::run_threads;
+using ranks::soon;
+using ranks::wait_until;
+
+namespace {
+
+constexpr std::size_t kNumel = 5000;  // of float32: more bytes than travel with the first step
+
+using Action = void (*)(Rank&, float* data);
+
+void sum_of(Rank& rank, float* data, std::size_t numel) {
+  rank.collectives.all_reduce({data, numel, Element::kFloat32}, Reduction::kSum, 1, soon());
+}
+
+// Rank 1 does `odd`, the others `even`. All have to throw, with both in the text.
+void check_mismatch(Action even,
+                    const std::string& even_text,
+                    Action odd,
+                    const std::string& odd_text) {
+  for (const bool in_heap : {false, true}) {
+    const auto errors = run_threads(3, [&](Rank& rank) {
+      std::vector<float> ordinary(3 * kNumel, 1.0f);
+      auto* data = ordinary.data();
+      if (in_heap) {
+        data = static_cast<float*>(fastddp::shm::Heap::mine().allocate(3 * kNumel * 4));
+        std::fill(data, data + 3 * kNumel, 1.0f);
+      }
+      try {
+        (rank.me == 1 ? odd : even)(rank, data);
+      } catch (const Error& error) {
+        // Nothing may have been written over.
+        CHECK(std::all_of(data, data + 3 * kNumel, [](float value) { return value == 1.0f; }));
+        throw;
+      }
+    });
+    for (std::size_t me = 0; me < errors.size(); ++me) {
+      CHECK(has(errors[me], "rank " + std::to_string(me) + ": collective 1 ("));
+      CHECK(has(errors[me], "do not agree"));
+      CHECK(has(errors[me], "rank 1 called " + odd_text));
+      CHECK(has(errors[me], "rank 0 called " + even_text) ||
+            has(errors[me], "rank 2 called " + even_text));
+    }
+  }
+}
+
+}  // namespace
+
+TEST(ranks_that_call_different_collectives_all_hear_of_it) {
+  check_mismatch([](Rank& rank, float* data) { sum_of(rank, data, kNumel); },
+                 "all_reduce of 5000 float32, sum",
+                 [](Rank& rank, float*) { rank.collectives.barrier(soon()); }, "barrier");
+}
+
+TEST(ranks_that_differ_in_the_length_all_hear_of_it) {
+  const Action sum = [](Rank& rank, float* data) { sum_of(rank, data, kNumel); };
+  check_mismatch(
+      sum, "all_reduce of 5000 float32",
+      [](Rank& rank, float* data) { sum_of(rank, data, kNumel + 1); },
+      "all_reduce of 5001 float32");
+  check_mismatch(
+      sum, "all_reduce of 5000 float32", [](Rank& rank, float* data) { sum_of(rank, data, 1); },
+      "all_reduce of 1 float32");
+  check_mismatch([](Rank& rank, float* data) { sum_of(rank, data, 2); }, "all_reduce of 2 float32",
+                 [](Rank& rank, float* data) { sum_of(rank, data, 1); }, "all_reduce of 1 float32");
+}
+
+TEST(ranks_that_differ_in_the_element_all_hear_of_it) {
+  check_mismatch([](Rank& rank, float* data) { sum_of(rank, data, kNumel); },
+                 "all_reduce of 5000 float32, sum",
+                 [](Rank& rank, float* data) {
+                   rank.collectives.all_reduce({data, kNumel, Element::kInt32}, Reduction::kSum, 1,
+                                               soon());
+                 },
+                 "all_reduce of 5000 int32, sum");
+}
+
+TEST(ranks_that_differ_in_the_reduction_all_hear_of_it) {
+  check_mismatch([](Rank& rank, float* data) { sum_of(rank, data, kNumel); },
+                 "all_reduce of 5000 float32, sum",
+                 [](Rank& rank, float* data) {
+                   rank.collectives.all_reduce({data, kNumel, Element::kFloat32}, Reduction::kMax,
+                                               1, soon());
+                 },
+                 "all_reduce of 5000 float32, maximum");
+}
+
+TEST(ranks_that_differ_in_the_root_all_hear_of_it) {
+  check_mismatch(
+      [](Rank& rank, float* data) {
+        rank.collectives.broadcast({data, kNumel, Element::kFloat32}, 0, soon());
+      },
+      "broadcast of 5000 float32, from rank 0",
+      [](Rank& rank, float* data) {
+        rank.collectives.broadcast({data, kNumel, Element::kFloat32}, 1, soon());
+      },
+      "broadcast of 5000 float32, from rank 1");
+}
+
+TEST(one_that_hands_on_what_the_others_do_here_is_found_out) {
+  const auto errors = run_threads(2, [](Rank& rank) {
+    std::vector<float> data(kNumel);
+    if (rank.me == 0) return sum_of(rank, data.data(), kNumel);
+    rank.collectives.announce(Kind::kScatter, soon());
+    rank.collectives.barrier(soon());
+  });
+  for (const std::string& error : errors) CHECK(has(error, "rank 1 called scatter"));
+}
+
+TEST(handed_on_calls_wait_for_nobody) {
+  std::atomic<bool> announced{false};
+  ranks::check_none(run_threads(3, [&](Rank& rank) {
+    if (rank.me != 0) wait_until([&] { return announced.load(); });
+    for (std::size_t i = 0; i < 5 * kCallsKept; ++i)
+      rank.collectives.announce(Kind::kReduce, soon());
+    announced = true;
+    rank.collectives.barrier(soon());
+  }));
+}
+
+TEST(one_that_is_many_handed_on_calls_ahead_is_known_to_have_agreed) {
+  for (const std::size_t ahead : {std::size_t{1}, kCallsKept - 1, kCallsKept, 3 * kCallsKept}) {
+    std::atomic<int> finished{0};
+    ranks::check_none(run_threads(3, [&](Rank& rank) {
+      rank.collectives.barrier(soon());
+      if (rank.me == 0) {
+        // As barrier(), but for losing the core between the step and the comparison.
+        rank.group.begin({.kind = Kind::kBarrier}, soon());
+        const Time step = rank.group.advance();
+        wait_until([&] { return finished == 2; });
+        rank.group.await_all(step);
+      } else {
+        rank.collectives.barrier(soon());
+      }
+      for (std::size_t i = 0; i < ahead; ++i) rank.collectives.announce(Kind::kGather, soon());
+      ++finished;
+      rank.collectives.barrier(soon());
+    }));
+  }
+}
+
+TEST(one_that_is_many_handed_on_calls_ahead_is_known_not_to_have_agreed) {
+  std::atomic<bool> ahead{false};
+  const auto errors = run_threads(2, [&](Rank& rank) {
+    rank.collectives.barrier(soon());
+    if (rank.me == 0) wait_until([&] { return ahead.load(); });
+    for (std::size_t i = 0; i < 2 * kCallsKept && rank.me == 1; ++i)
+      rank.collectives.announce(Kind::kGather, soon());
+    ahead = true;
+    rank.collectives.barrier(soon());
+  });
+  for (const std::string& error : errors) CHECK(has(error, "rank 1 called another collective"));
+}
+
+TEST(an_abort_reaches_all_ranks_and_stays) {
+  for (const std::size_t count : {1u, 2u, 4u}) {
+    const auto errors = run_threads(count, [&](Rank& rank) {
+      std::thread other;
+      if (rank.me == 0) {
+        other = std::thread([&] {
+          std::this_thread::sleep_for(milliseconds(10));
+          rank.group.abort("enough");
+        });
+      }
+      std::string text;
+      try {
+        for (;;) rank.collectives.barrier(soon());
+      } catch (const Error& error) {
+        text = error.what();
+      }
+      if (other.joinable()) other.join();
+      CHECK(rank.group.is_broken());
+      CHECK_THROWS(rank.group.check(), Error);
+      CHECK_THROWS(rank.collectives.barrier(soon()), Error);
+      throw Error(text);
+    });
+    for (const std::string& error : errors) CHECK(has(error, "(barrier) failed: enough"));
+  }
+}
+
+TEST(an_abort_wakes_those_who_wait) {
+  const auto begin = ranks::steady_clock::now();
+  const auto errors = run_threads(3, [&](Rank& rank) {
+    if (rank.me == 2) {
+      std::this_thread::sleep_for(milliseconds(30));
+      return rank.group.abort("enough");
+    }
+    rank.collectives.barrier(soon());
+  });
+  CHECK(has(errors[0], "enough") && has(errors[1], "enough") && errors[2].empty());
+  CHECK(ranks::steady_clock::now() < begin + std::chrono::seconds(30));
+}
+
+TEST(the_first_verdict_is_everybodys_and_long_ones_are_cut) {
+  const auto errors = run_threads(8, [](Rank& rank) {
+    rank.group.abort("rank " + std::to_string(rank.me) + " says " + std::string(5000, 'x'));
+    rank.group.check();
+  });
+  std::set<std::string> reasons;
+  for (const std::string& error : errors) {
+    CHECK(error.size() < 2300);
+    reasons.insert(error.substr(error.find(" failed: ")));
+  }
+  CHECK(reasons.size() == 1);
+}
+
+TEST(what_one_that_left_took_part_in_is_finished_and_nothing_after) {
+  std::atomic<bool> has_left{false};
+  const auto errors = run_threads(3, [&](Rank& rank) {
+    if (rank.me == 1) {
+      rank.group.begin({.kind = Kind::kBarrier}, soon());
+      rank.group.advance();
+      rank.group.leave();
+      has_left = true;
+      return;
+    }
+    wait_until([&] { return has_left.load(); });
+    rank.collectives.barrier(soon());
+    rank.collectives.barrier(soon());
+  });
+  CHECK(errors[1].empty());
+  for (const std::size_t me : {0u, 2u}) {
+    CHECK(has(errors[me], "collective 2 (barrier)"));
+    CHECK(has(errors[me], "rank 1 has left the group before it took part"));
+  }
+}
+
+TEST(one_that_leaves_in_the_midst_is_told_from_one_that_never_came) {
+  const auto errors = run_threads(2, [](Rank& rank) {
+    if (rank.me == 0) {
+      rank.group.begin({.kind = Kind::kAllReduce, .element = Element::kFloat32, .numel = kNumel},
+                       soon());
+      rank.group.advance();
+      return rank.group.leave();
+    }
+    std::vector<float> data(kNumel);
+    sum_of(rank, data.data(), kNumel);
+  });
+  CHECK(has(errors[1], "rank 0 has left the group in the midst of it"));
+}
+
+TEST(a_deadline_names_the_ranks_that_are_missing) {
+  std::atomic<int> failed{0};
+  const auto errors = run_threads(4, [&](Rank& rank) {
+    if (rank.me == 1 || rank.me == 3) return wait_until([&] { return failed == 2; });
+    try {
+      rank.collectives.barrier(in(milliseconds(150)));
+    } catch (const Error&) {
+      ++failed;
+      throw;
+    }
+  });
+  for (const std::size_t me : {0u, 2u}) {
+    CHECK(has(errors[me], "timed out: rank 1 (process " + std::to_string(::getpid()) +
+                              ") is running and has not called it, rank 3 (process"));
+    CHECK(!has(errors[me].substr(errors[me].find("timed out")), "rank 0"));
+    CHECK(!has(errors[me].substr(errors[me].find("timed out")), "rank 2"));
+  }
+}
+
+TEST(a_deadline_in_the_midst_says_so) {
+  std::atomic<bool> failed{false};
+  const auto errors = run_threads(2, [&](Rank& rank) {
+    if (rank.me == 0) {
+      rank.group.begin({.kind = Kind::kAllReduce, .element = Element::kFloat32, .numel = kNumel},
+                       soon());
+      rank.group.advance();
+      return wait_until([&] { return failed.load(); });
+    }
+    std::vector<float> data(kNumel);
+    try {
+      rank.collectives.all_reduce({data.data(), kNumel, Element::kFloat32}, Reduction::kSum, 1,
+                                  in(milliseconds(100)));
+    } catch (const Error&) {
+      failed = true;
+      throw;
+    }
+  });
+  CHECK(has(errors[1], "rank 0") && has(errors[1], "has not finished its part"));
+}
+
+TEST(a_deadline_that_has_passed_does_not_matter_to_those_who_need_not_wait) {
+  std::atomic<bool> there{false};
+  ranks::check_none(run_threads(2, [&](Rank& rank) {
+    if (rank.me == 1) {
+      wait_until([&] { return there.load(); });
+      return rank.collectives.barrier(in(milliseconds(-1)));
+    }
+    rank.group.begin({.kind = Kind::kBarrier}, soon());
+    const Time step = rank.group.advance();
+    there = true;
+    rank.group.await_all(step);
+  }));
+}
+
+TEST(a_reduction_that_does_not_exist_is_refused_before_it_begins) {
+  ranks::check_none(run_threads(2, [](Rank& rank) {
+    float value = 1;
+    CHECK_THROWS(
+        rank.collectives.all_reduce({&value, 1, Element::kFloat32}, Reduction::kBxor, 1, soon()),
+        Error);
+    CHECK(!rank.group.is_broken() && rank.group.count() == 0);
+    rank.collectives.barrier(soon());
+  }));
+}
+
+TEST(nothing_is_left_open) {
+  fastddp::shm::Heap::mine();
+  const auto before = ranks::count_open_files();
+  ranks::check_none(run_threads(4, [](Rank& rank) { rank.collectives.barrier(soon()); }));
+  CHECK(ranks::count_open_files() == before);
+}
+
+int main() { return check::run(); }
