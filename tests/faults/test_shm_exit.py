@@ -179,7 +179,9 @@ def run_scripts(folder: Path, how: str) -> tuple[list[int], list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "said"), [("idle", ""), ("pending", "told\n")])
+@pytest.mark.parametrize(
+    ("how", "said"), [("idle", ""), ("pending", "told\n")], ids=["idle", "pending"]
+)
 def test_the_end_of_a_whole_script(how: str, said: str, tmp_path: Path) -> None:
     assert run_scripts(tmp_path, how) == ([0, 0], [said, ""])
 
