@@ -17,7 +17,6 @@ def engine() -> str | None:
     return value
 
 
-<<<<<<< HEAD
 def shm() -> bool:
     """Returns whether CPU tensors may go through shared memory: unless ``FASTDDP_SHM`` is 0.
 
@@ -33,7 +32,8 @@ def shm() -> bool:
 def host_id() -> str | None:
     """Returns ``FASTDDP_HOST_ID``, by which ranks on one host count as being on several."""
     return os.environ.get("FASTDDP_HOST_ID") or None
-=======
+
+
 def keep_memory() -> bool:
     """Returns whether ``FASTDDP_KEEP_MEMORY`` is 1, its default, rather than 0.
 
@@ -44,4 +44,3 @@ def keep_memory() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"FASTDDP_KEEP_MEMORY={value!r} is not one of 0, 1")
     return value == "1"
->>>>>>> memory

@@ -47,18 +47,18 @@ def register() -> None:
     """Makes ``shm`` known to torch.distributed."""
     if dist.is_available() and "shm" not in dist.Backend.backend_list:
         dist.Backend.register_backend("shm", _make_backend, devices=["cpu"])
-        atexit.register(_leave_all)
+        atexit.register(_end_pending)
 
 
-def _leave_all() -> None:
-    """Leaves all groups, while what was chained to pending collectives can still run.
+def _end_pending() -> None:
+    """Ends the collectives under way, while what was chained to them can still run.
 
     Once the interpreter takes itself apart, a thread that asks for the GIL ends the process.
     """
     for group in (*dist.distributed_c10d._world.pg_map, *_counterparts.values()):
         if group is not None and _CPU in group._device_types:
             backend = group._get_backend(_CPU)
-            if backend.name() == "shm":
+            if backend.name() == "shm" and not getattr(backend, "is_idle", True):
                 backend.shutdown()
 
 

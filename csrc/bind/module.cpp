@@ -113,6 +113,7 @@ void bind_shm(py::module_& m) {
             self.set_lanes({count, std::move(backend)});
           },
           py::arg("count"), py::arg("backend"))
+      .def_property_readonly("is_idle", &ShmBackend::is_idle)
       .def_property_readonly("spans_hosts", &ShmBackend::spans_hosts);
 }
 

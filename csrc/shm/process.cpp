@@ -32,10 +32,9 @@ constexpr std::uint64_t kInfoExit = 1u << 3;
 std::string describe_end(int status) {
   if (WIFSIGNALED(status)) {
     const int signal = WTERMSIG(status);
-    std::string text =
-        "was killed by signal " + std::to_string(signal) + " (" + ::strsignal(signal) + ")";
-    if (signal == 9) text += "; the system does that when memory runs out";
-    return text;
+    std::string name = ::strsignal(signal);
+    if (signal == 9) name += ", as the system does when memory runs out";
+    return "was killed by signal " + std::to_string(signal) + " (" + name + ")";
   }
   return "exited with status " + std::to_string(WEXITSTATUS(status));
 }

@@ -196,17 +196,19 @@ ShmBackend::~ShmBackend() {
     static_cast<void>(new std::shared_ptr<Turns>(std::move(turns_)));
     return;
   }
-  const WithoutGil without_gil;
   shutdown();
+  const WithoutGil without_gil;
   inner_.reset();
   lanes_.backend.reset();
 }
 
 void ShmBackend::shutdown() {
   if (forks_ != count_forks()) return;  // the parent goes on
+  const WithoutGil without_gil;
   // What is under way ends well if the other ranks come to it.
   const bool ended = turns_->wait_until_idle(std::min(options_->timeout, kPatience));
-  group_->leave();
+  // Of a process that is ending the others wait for the end: it says more.
+  if (Py_IsInitialized()) group_->leave();
   if (!ended)
     group_->abort("rank " + std::to_string(getRank()) +
                   " has left the group with collectives under way");
