@@ -130,7 +130,7 @@ void Group::begin(const Call& call, Deadline deadline) {
   deadline_ = deadline;
   first_ = now_ + 1;
   compared_ = false;
-  check();
+  check_current();
   layout_.rank(me_).calls[count() % kCallsKept].write(first_, call);
 }
 
@@ -192,7 +192,7 @@ void Group::wait_slowly(std::size_t index, Time time) {
 }
 
 void Group::find_fault(std::size_t index, Time time) {
-  check();
+  check_current();
   for (std::size_t i = 0; i < size(); ++i) {
     if (i == me_) continue;
     const RankBlock& block = layout_.rank(i);
@@ -265,7 +265,11 @@ bool Group::is_broken() const {
 }
 
 void Group::check() const {
-  if (is_broken()) throw_verdict();
+  if (is_broken()) throw_verdict("the group");
+}
+
+void Group::check_current() const {
+  if (is_broken()) throw_verdict(describe_current());
 }
 
 void Group::abort(const std::string& why) { write_verdict(why); }
@@ -277,7 +281,7 @@ void Group::leave() {
 
 void Group::fail(const std::string& why) {
   write_verdict(why);
-  throw_verdict();
+  throw_verdict(describe_current());
 }
 
 void Group::write_verdict(const std::string& why) {
@@ -290,7 +294,7 @@ void Group::write_verdict(const std::string& why) {
   for (std::size_t i = 0; i < size(); ++i) layout_.rank(i).clock.wake();
 }
 
-void Group::throw_verdict() const {
+void Group::throw_verdict(const std::string& what) const {
   const Verdict& verdict = layout_.header().verdict;
   // Whoever writes it may have died over it.
   for (int i = 0; i < 100 && verdict.is.load(std::memory_order_acquire) != Verdict::Is::kWritten;
@@ -299,7 +303,7 @@ void Group::throw_verdict() const {
   }
   const bool written = verdict.is.load(std::memory_order_acquire) == Verdict::Is::kWritten;
   Heap::mine().retire_freed_blocks();
-  throw Error("fastddp: rank " + std::to_string(rank(me_)) + ": " + describe_current() +
+  throw Error("fastddp: rank " + std::to_string(rank(me_)) + ": " + what +
               " failed: " + (written ? verdict.text.data() : "another rank broke the group"));
 }
 

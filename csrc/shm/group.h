@@ -89,7 +89,9 @@ class Group {
   [[noreturn]] void fail(const std::string& why);
 
  private:
-  [[noreturn]] void throw_verdict() const;
+  // `what` failed: the current collective, or the group.
+  [[noreturn]] void throw_verdict(const std::string& what) const;
+  void check_current() const;
   void write_verdict(const std::string& why);
   void wait_slowly(std::size_t index, Time time);
   void find_fault(std::size_t index, Time time);

@@ -23,10 +23,13 @@ std::size_t page() {
   return bytes;
 }
 
+// However much memory there is: many ranks map each other's heaps, and 128 TiB are all there is.
+constexpr std::size_t kMostBytes = std::size_t{1} << 40;
+
 // Address space for twice the machine's memory: with fragments, more than can be filled.
 std::size_t wanted_bytes() {
   const auto pages = static_cast<std::size_t>(std::max(1L, ::sysconf(_SC_PHYS_PAGES)));
-  return std::max(std::bit_ceil(2 * pages * page()), kLeastBytes);
+  return std::clamp(std::bit_ceil(2 * pages * page()), kLeastBytes, kMostBytes);
 }
 
 Segment reserve() {

@@ -18,6 +18,7 @@ namespace {
 
 std::string reason() { return std::strerror(errno); }
 
+constexpr unsigned kNoExec = 8;  // MFD_NOEXEC_SEAL of Linux 6.3
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW;
 
 }  // namespace
@@ -53,7 +54,9 @@ Segment::Segment(Fd fd, std::size_t bytes) : fd_(std::move(fd)), size_(bytes) {
 }
 
 Segment Segment::create(const char* name, std::size_t bytes) {
-  Fd fd(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  // Where memfds have to say that they are not programs, and on kernels that do not know the word.
+  Fd fd(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING | kNoExec));
+  if (fd.get() < 0) fd = Fd(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (fd.get() < 0) throw Error("memfd_create: " + reason());
   if (::fchmod(fd.get(), 0600) != 0 || ::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0 ||
       ::fcntl(fd.get(), F_ADD_SEALS, kSeals) != 0) {
@@ -111,8 +114,9 @@ Address Segment::address() const {
 }
 
 void Segment::discard(std::size_t offset, std::size_t bytes) const {
-  ::fallocate(fd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
-              static_cast<off_t>(bytes));
+  if (::fallocate(fd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                  static_cast<off_t>(bytes)) != 0)
+    std::memset(data_ + offset, 0, bytes);
 }
 
 }  // namespace fastddp::shm

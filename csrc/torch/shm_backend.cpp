@@ -92,6 +92,11 @@ std::optional<Reduction> reduction_of(const ReduceOp& op) {
   }
 }
 
+shm::Deadline deadline_in(std::chrono::milliseconds timeout) {
+  constexpr auto kLongest = std::chrono::hours(24 * 365);  // some say "never" by the largest number
+  return std::chrono::steady_clock::now() + std::min<std::chrono::milliseconds>(timeout, kLongest);
+}
+
 // Threads are joined that may want the GIL, by whoever drops the last reference; that may hold it.
 class WithoutGil {
  public:
@@ -252,24 +257,29 @@ at::Tensor ShmBackend::allocateTensor(long size, at::TensorOptions options) {
 
 // ---- starting a collective -------------------------------------------------------------
 
-c10::intrusive_ptr<c10d::Work> ShmBackend::start(
-    OpType type, Tensors results, std::chrono::milliseconds timeout, bool async, Body body) {
+c10::intrusive_ptr<c10d::Work> ShmBackend::start(OpType type,
+                                                 const char* title,
+                                                 Tensors results,
+                                                 std::chrono::milliseconds timeout,
+                                                 bool async,
+                                                 Body body) {
   check_usable();
   if (timeout == c10d::kUnsetTimeout) timeout = options_->timeout;
-  const auto run = [this, timeout, body = std::move(body)] {
+  Turns::Body run = [this, timeout, body = std::move(body)] {
     const c10::NoGradGuard no_grad;
     try {
-      body(std::chrono::steady_clock::now() + timeout);
+      body(deadline_in(timeout));
     } catch (const shm::Error& error) {
       TORCH_CHECK_WITH(DistBackendError, false, error.what());
     }
   };
-  if (!async) {
-    turns_->run(run);
-    return c10::make_intrusive<TurnWork>(type, std::move(results));
+  auto work = c10::make_intrusive<TurnWork>(type, title, std::move(results), turns_);
+  if (async) {
+    work->submit(std::move(run));
+  } else {
+    work->run(run);
   }
-  auto outcome = turns_->submit(run, results);
-  return c10::make_intrusive<TurnWork>(type, std::move(results), turns_, std::move(outcome));
+  return work;
 }
 
 template <typename Start>
@@ -287,11 +297,10 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::hand_on(shm::Kind kind, Start start, 
 void ShmBackend::announce(shm::Kind kind, std::int64_t root) {
   check_usable();
   const auto body = [this, kind, root] {
-    collectives_->announce(kind, static_cast<int>(root),
-                           std::chrono::steady_clock::now() + options_->timeout);
+    collectives_->announce(kind, static_cast<int>(root), deadline_in(options_->timeout));
   };
   if (!turns_->idle()) {
-    turns_->submit(body, {});
+    turns_->submit(body, {}, std::make_shared<Outcome>());
     return;
   }
   try {
@@ -367,7 +376,7 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce(Tensors& tensors,
   if (tensors.size() != 1 || !can_reduce(tensors[0], options.reduceOp)) {
     return hand_on(shm::Kind::kOther, [&] { return inner_->allreduce(tensors, options); });
   }
-  return start(OpType::ALLREDUCE, tensors, options.timeout, options.asyncOp,
+  return start(OpType::ALLREDUCE, "shm:all_reduce", tensors, options.timeout, options.asyncOp,
                [this, tensor = tensors[0], op = options.reduceOp](shm::Deadline deadline) {
                  all_reduce(tensor, op, deadline);
                });
@@ -380,8 +389,8 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce_coalesced(
     return hand_on(shm::Kind::kOther,
                    [&] { return inner_->allreduce_coalesced(tensors, options); });
   }
-  return start(OpType::ALLREDUCE_COALESCED, tensors, options.timeout, options.asyncOp,
-               [this, tensors, op = options.reduceOp](shm::Deadline deadline) {
+  return start(OpType::ALLREDUCE_COALESCED, "shm:all_reduce", tensors, options.timeout,
+               options.asyncOp, [this, tensors, op = options.reduceOp](shm::Deadline deadline) {
                  for (const at::Tensor& tensor : tensors) all_reduce(tensor, op, deadline);
                });
 }
@@ -396,7 +405,7 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::broadcast(Tensors& tensors,
   const int root = static_cast<int>(options.rootRank);
   TORCH_CHECK_VALUE(root >= 0 && root < getSize(), "fastddp: rank ", getRank(),
                     ": broadcast from rank ", root, " in a group of ", getSize());
-  return start(OpType::BROADCAST, tensors, options.timeout, options.asyncOp,
+  return start(OpType::BROADCAST, "shm:broadcast", tensors, options.timeout, options.asyncOp,
                [this, tensor = tensors[0], root](shm::Deadline deadline) {
                  const at::Tensor packed = tensor.contiguous();
                  collectives_->broadcast(operand_of(packed), root, deadline);
@@ -429,7 +438,7 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allgather(Lists& outputs,
       !same_size(outputs[0], inputs[0])) {
     return hand_on(shm::Kind::kOther, [&] { return inner_->allgather(outputs, inputs, options); });
   }
-  return start(OpType::ALLGATHER, outputs[0], options.timeout, options.asyncOp,
+  return start(OpType::ALLGATHER, "shm:all_gather", outputs[0], options.timeout, options.asyncOp,
                [this, outputs = outputs[0], input = inputs[0]](shm::Deadline deadline) {
                  all_gather(outputs, input, deadline);
                });
@@ -467,7 +476,7 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allgather_into_tensor_coalesced(
       return inner_->allgather_into_tensor_coalesced(outputs, inputs, options);
     });
   }
-  return start(OpType::_ALLGATHER_BASE, outputs, options.timeout, options.asyncOp,
+  return start(OpType::_ALLGATHER_BASE, "shm:all_gather", outputs, options.timeout, options.asyncOp,
                [this, outputs, inputs](shm::Deadline deadline) {
                  for (std::size_t i = 0; i < inputs.size(); ++i)
                    all_gather(parts_of(outputs[i], getSize()), inputs[i], deadline);
@@ -505,7 +514,8 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::reduce_scatter(
     return hand_on(shm::Kind::kOther,
                    [&] { return inner_->reduce_scatter(outputs, inputs, options); });
   }
-  return start(OpType::REDUCE_SCATTER, outputs, options.timeout, options.asyncOp,
+  return start(OpType::REDUCE_SCATTER, "shm:reduce_scatter", outputs, options.timeout,
+               options.asyncOp,
                [this, output = outputs[0], inputs = inputs[0], op = options.reduceOp](
                    shm::Deadline deadline) { reduce_scatter(output, inputs, {}, op, deadline); });
 }
@@ -532,7 +542,8 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::reduce_scatter_tensor_coalesced(
                  : inner_->reduce_scatter_tensor_coalesced(outputs, inputs, options);
     });
   }
-  return start(OpType::_REDUCE_SCATTER_BASE, outputs, options.timeout, options.asyncOp,
+  return start(OpType::_REDUCE_SCATTER_BASE, "shm:reduce_scatter", outputs, options.timeout,
+               options.asyncOp,
                [this, outputs, inputs, op = options.reduceOp](shm::Deadline deadline) {
                  for (std::size_t i = 0; i < inputs.size(); ++i) {
                    const at::Tensor block = inputs[i].contiguous();
@@ -547,7 +558,7 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::barrier(const c10d::BarrierOptions& o
   if (spans_hosts()) {
     return hand_on(shm::Kind::kOther, [&] { return inner_->barrier(options); });
   }
-  return start(OpType::BARRIER, {}, options.timeout, options.asyncOp,
+  return start(OpType::BARRIER, "shm:barrier", {}, options.timeout, options.asyncOp,
                [this](shm::Deadline deadline) { collectives_->barrier(deadline); });
 }
 

@@ -114,8 +114,12 @@ class ShmBackend final : public c10d::Backend {
   using Body = std::function<void(shm::Deadline)>;
 
   // Runs or submits one collective of ours, as its launcher waits for it or not.
-  Work start(
-      c10d::OpType type, Tensors results, std::chrono::milliseconds timeout, bool async, Body body);
+  Work start(c10d::OpType type,
+             const char* title,
+             Tensors results,
+             std::chrono::milliseconds timeout,
+             bool async,
+             Body body);
   // Says to the other ranks that the inner backend is next, and starts that.
   template <typename Start>
   Work hand_on(shm::Kind kind, Start start, std::int64_t root = 0);

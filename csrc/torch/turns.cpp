@@ -16,6 +16,7 @@ thread_local bool is_worker = false;
 // ---- Outcome ---------------------------------------------------------------------------
 
 bool Outcome::set(std::exception_ptr error) {
+  if (at_end_) at_end_();
   const std::lock_guard lock(mutex_);
   set_ = true;
   error_ = std::move(error);
@@ -86,14 +87,12 @@ void Turns::end_turn() {
   changed_.notify_all();
 }
 
-std::shared_ptr<Outcome> Turns::submit(Body body, std::vector<at::Tensor> results) {
+void Turns::submit(Body body, std::vector<at::Tensor> results, std::shared_ptr<Outcome> outcome) {
   sweep();
-  auto outcome = std::make_shared<Outcome>();
   const std::lock_guard lock(mutex_);
-  queue_.push_back({next_++, std::move(body), std::move(results), outcome});
+  queue_.push_back({next_++, std::move(body), std::move(results), std::move(outcome)});
   ensure_a_free_thread();
   changed_.notify_all();
-  return outcome;
 }
 
 void Turns::ensure_a_free_thread() {
@@ -173,24 +172,30 @@ void Turns::stop() {
 
 // ---- TurnWork --------------------------------------------------------------------------
 
-TurnWork::TurnWork(c10d::OpType type, std::vector<at::Tensor> results)
-    : Work(-1, type), results_(std::move(results)), outcome_(std::make_shared<Outcome>()) {
+TurnWork::TurnWork(c10d::OpType type,
+                   const char* title,
+                   std::vector<at::Tensor> results,
+                   std::shared_ptr<Turns> turns)
+    : Work(-1, type, title, results), results_(std::move(results)), turns_(std::move(turns)) {
+  if (recordFunctionEndCallback_) outcome_->at_end(std::move(recordFunctionEndCallback_));
+}
+
+void TurnWork::run(const Turns::Body& body) {
+  try {
+    turns_->run(body);
+  } catch (...) {
+    outcome_->set(std::current_exception());
+    throw;
+  }
   outcome_->set(nullptr);
 }
 
-TurnWork::TurnWork(c10d::OpType type,
-                   std::vector<at::Tensor> results,
-                   std::shared_ptr<Turns> turns,
-                   std::shared_ptr<Outcome> outcome)
-    : Work(-1, type),
-      results_(std::move(results)),
-      turns_(std::move(turns)),
-      outcome_(std::move(outcome)) {}
+void TurnWork::submit(Turns::Body body) { turns_->submit(std::move(body), results_, outcome_); }
 
 bool TurnWork::wait(std::chrono::milliseconds timeout) {
   TORCH_CHECK_WITH(DistBackendError, outcome_->wait(timeout),
                    "fastddp: timed out: a collective did not end within ", timeout.count(), " ms");
-  if (turns_) turns_->sweep();
+  turns_->sweep();
   if (const auto error = outcome_->error()) std::rethrow_exception(error);
   return true;
 }

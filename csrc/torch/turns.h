@@ -22,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace fastddp {
@@ -29,6 +30,8 @@ namespace fastddp {
 // Whether a collective has ended, and how.
 class Outcome {
  public:
+  // Has `callback` called when the outcome is set. To be called before that.
+  void at_end(std::function<void()> callback) { at_end_ = std::move(callback); }
   // Sets the outcome and wakes those who wait. Returns whether there is a future to complete().
   bool set(std::exception_ptr error);
   // Calls what is chained to the future.
@@ -48,6 +51,7 @@ class Outcome {
   std::exception_ptr error_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;
   std::vector<at::Tensor> results_;
+  std::function<void()> at_end_;
 };
 
 class Turns : public std::enable_shared_from_this<Turns> {
@@ -59,7 +63,7 @@ class Turns : public std::enable_shared_from_this<Turns> {
 
   // Has `body` run in the other thread. `results` are kept until it has ended and somebody waits or
   // launches: a Python object must not be freed by a thread that Python may be waiting for.
-  std::shared_ptr<Outcome> submit(Body body, std::vector<at::Tensor> results);
+  void submit(Body body, std::vector<at::Tensor> results, std::shared_ptr<Outcome> outcome);
 
   // Whether run() would start at once.
   bool idle() const;
@@ -99,12 +103,15 @@ class Turns : public std::enable_shared_from_this<Turns> {
 // What a collective of ours returns.
 class TurnWork final : public c10d::Work {
  public:
-  // Of one that has ended.
-  TurnWork(c10d::OpType type, std::vector<at::Tensor> results);
+  // `title` is what a profiler calls it; a literal.
   TurnWork(c10d::OpType type,
+           const char* title,
            std::vector<at::Tensor> results,
-           std::shared_ptr<Turns> turns,
-           std::shared_ptr<Outcome> outcome);
+           std::shared_ptr<Turns> turns);
+
+  // One of the two starts it. run() returns when it has ended, and throws what it throws.
+  void run(const Turns::Body& body);
+  void submit(Turns::Body body);
 
   bool isCompleted() override { return outcome_->is_set(); }
   bool isSuccess() const override { return outcome_->is_set() && !outcome_->error(); }
@@ -119,7 +126,7 @@ class TurnWork final : public c10d::Work {
  private:
   const std::vector<at::Tensor> results_;
   const std::shared_ptr<Turns> turns_;
-  const std::shared_ptr<Outcome> outcome_;
+  const std::shared_ptr<Outcome> outcome_ = std::make_shared<Outcome>();
 };
 
 }  // namespace fastddp
