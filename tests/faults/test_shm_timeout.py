@@ -22,6 +22,8 @@ CPU = torch.device("cpu")
 SHORT = timedelta(seconds=0.5)
 MARGIN_S = 4.0
 """For a machine that is busy with other things."""
+PATIENCE_S = 5.0
+"""So long who destroys a group lets the others come to what is under way."""
 TIMED_OUT = (
     r"fastddp: rank 0: collective \d+ \(all_reduce of 9 float32, sum\) failed: "
     r"timed out: rank 1 \(process \d+\) is running and has not called it"
@@ -146,7 +148,7 @@ def _destroy_while_pending(rank: int, world_size: int) -> str | None:
     with pytest.raises(RuntimeError) as caught:
         work.wait()
     message = str(caught.value)
-    assert time.monotonic() - began < MARGIN_S
+    assert time.monotonic() - began < PATIENCE_S + MARGIN_S
     assert len(called) == 1
     called.clear()
     del work, caught
@@ -189,9 +191,9 @@ def _make_anew(rank: int, world_size: int, count: int) -> None:
         destroy()
         before.check_same_but_for_my_heap()
         memory.append(resident_bytes())
-    # The allocator keeps a freed tensor of 4 MB or not, so only the least is the same each time.
-    # What a round leaves behind by mistake would be 8 MB of tensors or a segment of 1 MB.
-    assert min(memory[-10:]) - min(memory[5:15]) < 2**20, memory
+    # The allocator may keep freed tensors or not. What a round left behind, 8 MB of tensors or a
+    # segment of 1 MB, would be 40 MB or more by the end.
+    assert memory[-1] - memory[5] < 20 << 20, memory
 
 
 def test_making_the_group_anew_takes_no_more_memory() -> None:
