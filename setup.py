@@ -33,7 +33,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-CXX_SOURCES = ("csrc/core/*.cpp", "csrc/kernels/*.cpp", "csrc/shm/*.cpp", "csrc/torch/*.cpp", "csrc/bind/*.cpp")
+CXX_SOURCES = (
+    "csrc/core/*.cpp",
+    "csrc/kernels/*.cpp",
+    "csrc/shm/*.cpp",
+    "csrc/torch/*.cpp",
+    "csrc/bind/*.cpp",
+)
 CUDA_SOURCES = ("csrc/kernels/*.cu",)
 DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # Bit equality with torch: no fused multiply-add where the source has a multiply and an add.

@@ -177,8 +177,12 @@ ShmBackend::ShmBackend(int rank,
     const shm::Address& address = local.heaps.at(i);
     // First, so that the heap proves it to be the right process.
     const auto process = std::make_shared<const shm::Process>(address.pid);
-    memory->heaps.push_back(shm::open_peer_heap(address));
-    members.push_back({local.ranks[i], memory->heaps.back()->data(), process});
+    char* heap = shm::Heap::mine().data();
+    if (!(address.nonce == shm::Heap::mine().address().nonce)) {
+      memory->heaps.push_back(shm::open_peer_heap(address));
+      heap = memory->heaps.back()->data();
+    }
+    members.push_back({local.ranks[i], heap, process});
   }
   memory->control = shm::Segment::open(local.control);
   const shm::Layout layout(memory->control.data(), count);
@@ -225,6 +229,7 @@ void ShmBackend::abort() {
   check_usable();
   group_->abort("rank " + std::to_string(getRank()) + " has aborted the group");
   inner_->abort();
+  if (lanes_.backend) lanes_.backend->abort();
 }
 
 void ShmBackend::check_usable() const {

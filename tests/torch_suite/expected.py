@@ -117,10 +117,10 @@ DIFFERENT = {
         _NO_ERROR, "Expected error was not raised"
     ),
     "test_ddp_profiling_autograd_profiler": Different(
-        "the profiled collectives are called shm:all_reduce", r"assertEqual\(event_count, num_iters\)"
+        "profiled collectives are called shm:all_reduce", r"assertEqual\(event_count, num_iters\)"
     ),
     "test_ddp_profiling_torch_profiler": Different(
-        "the profiled collectives are called shm:all_reduce", r"assertEqual\(event_count, num_iters\)"
+        "profiled collectives are called shm:all_reduce", r"assertEqual\(event_count, num_iters\)"
     ),
     "test_ddp_unused_params_rebuild_buckets_exception": Different(
         _NO_ERROR, "DDP unused parameters error not raised"

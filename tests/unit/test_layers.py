@@ -1,4 +1,4 @@
-"""Imports go one way: `wrap -> ddp -> engine -> plan`, and `bind -> torch -> shm -> kernels -> core`."""
+"""Imports go one way: `wrap -> ddp -> engine`, `bind -> torch -> shm -> kernels -> core`."""
 
 from __future__ import annotations
 
