@@ -174,8 +174,8 @@ void Collectives::reduce_in_shares(const Operand& operand, Reduce reduce, double
   }
 }
 
-// While a piece is on the wire, the piece after it is reduced and the piece before it is copied out.
-// Pieces are the same wherever the operands lie: the hosts do not know that of each other.
+// While a piece is on the wire, the piece after it is reduced and the piece before it is copied
+// out. Pieces are the same wherever the operands lie: the hosts do not know that of each other.
 void Collectives::all_reduce_across(const Operand& operand,
                                     Reduction reduction,
                                     double divisor,

@@ -182,8 +182,8 @@ class Crossing final : public shm::CrossHosts {
     c10d::AllreduceOptions options;
     options.reduceOp = op_;
     const auto left = deadline_ - std::chrono::steady_clock::now();
-    options.timeout = std::max(std::chrono::ceil<std::chrono::milliseconds>(left),
-                               std::chrono::milliseconds(1));
+    options.timeout =
+        std::max(std::chrono::ceil<std::chrono::milliseconds>(left), std::chrono::milliseconds(1));
     try {
       under_way_.push_back(lanes_.backend->allreduce(part, options));
     } catch (const std::exception& error) {
