@@ -222,6 +222,7 @@ void Collectives::all_reduce_across(const Operand& operand,
     // After this all have filled piece i and spread piece i - 2.
     if (i < count || i > 1) group_.await_all(group_.advance());
     if (i > 1 && staged) copy_piece(i - 2, true);
+    if (i == 0 && has_lane) cross.compare(call);
     if (i < count && has_lane) {
       const std::size_t numel = find_parts(i);
       void* const own = parts[group_.me()];

@@ -26,10 +26,12 @@ struct Operand {
 };
 
 // Where a group spans hosts: reduces parts, which lie in this rank's heap, over the ranks that have
-// the same parts on the other hosts. In place. Both throw Error.
+// the same parts on the other hosts. In place. All throw Error.
 class CrossHosts {
  public:
   virtual ~CrossHosts() = default;
+  // Makes sure that the other hosts are about to do the same.
+  virtual void compare(const Call& call) = 0;
   virtual void start(void* data, std::size_t numel) = 0;
   // Waits for the oldest part that was started and is not finished; at most two are.
   virtual void finish() = 0;

@@ -85,13 +85,14 @@ class Group {
 
   [[noreturn]] void fail(const std::string& why);
 
+  std::string describe(const Call& call) const;
+
  private:
   [[noreturn]] void throw_verdict() const;
   void write_verdict(const std::string& why);
   void wait_slowly(std::size_t index, Time time);
   void find_fault(std::size_t index, Time time);
   void compare_with(std::size_t index);
-  std::string describe(const Call& call) const;
   std::string describe_current() const;
 
   const Layout layout_;

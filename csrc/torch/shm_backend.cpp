@@ -176,42 +176,79 @@ class Crossing final : public shm::CrossHosts {
         op_(op_of(reduction)),
         deadline_(deadline) {}
 
+  // Gloo ends the process that gets more than it has room for, and adds up what is of other types.
+  void compare(const shm::Call& call) override {
+    const at::Tensor mine = at::tensor(
+        {static_cast<std::int64_t>(call.element), static_cast<std::int64_t>(call.reduction),
+         static_cast<std::int64_t>(call.numel)},
+        at::kLong);
+    std::vector<at::Tensor> inputs{mine};
+    std::vector<std::vector<at::Tensor>> outputs(1);
+    for (std::size_t i = 0; i < lanes_.ranks.size(); ++i)
+      outputs[0].push_back(at::empty_like(mine));
+    c10d::AllgatherOptions options;
+    options.timeout = time_left();
+    await(*launched([&] { return lanes_.backend->allgather(outputs, inputs, options); }));
+    for (std::size_t i = 0; i < lanes_.ranks.size(); ++i) {
+      if (outputs[0][i].equal(mine)) continue;
+      const auto* const theirs = outputs[0][i].const_data_ptr<std::int64_t>();
+      group_.fail("the hosts do not agree: here the ranks called " + group_.describe(call) +
+                  ", rank " + std::to_string(lanes_.ranks[i]) + " called " +
+                  group_.describe({.kind = call.kind,
+                                   .element = static_cast<Element>(theirs[0]),
+                                   .reduction = static_cast<Reduction>(theirs[1]),
+                                   .numel = static_cast<std::uint64_t>(theirs[2])}));
+    }
+  }
+
   void start(void* data, std::size_t numel) override {
     if (numel == 0) return under_way_.push_back({});
     std::vector<at::Tensor> part{at::from_blob(data, {static_cast<std::int64_t>(numel)}, dtype_)};
     c10d::AllreduceOptions options;
     options.reduceOp = op_;
-    const auto left = deadline_ - std::chrono::steady_clock::now();
-    options.timeout =
-        std::max(std::chrono::ceil<std::chrono::milliseconds>(left), std::chrono::milliseconds(1));
-    try {
-      under_way_.push_back(lanes_.backend->allreduce(part, options));
-    } catch (const std::exception& error) {
-      fail(error);
-    }
+    options.timeout = time_left();
+    under_way_.push_back(launched([&] { return lanes_.backend->allreduce(part, options); }));
   }
 
   void finish() override {
     const auto work = std::move(under_way_.front());
     under_way_.pop_front();
-    if (!work) return;
-    // If another rank here breaks the group, this part may never arrive.
-    while (!work->isCompleted()) {
-      try {
-        work->wait(kLookAround);
-      } catch (const std::exception&) {
-        group_.check();
-      }
-    }
+    if (work) await(*work);
+  }
+
+ private:
+  static constexpr std::chrono::milliseconds kLookAround{50};
+
+  std::chrono::milliseconds time_left() const {
+    const auto left = deadline_ - std::chrono::steady_clock::now();
+    return std::max(std::chrono::ceil<std::chrono::milliseconds>(left),
+                    std::chrono::milliseconds(1));
+  }
+
+  template <typename Launch>
+  c10::intrusive_ptr<c10d::Work> launched(const Launch& launch) {
     try {
-      work->wait(kNoTimeout);
+      return launch();
     } catch (const std::exception& error) {
       fail(error);
     }
   }
 
- private:
-  static constexpr std::chrono::milliseconds kLookAround{50};
+  void await(c10d::Work& work) {
+    // If another rank here breaks the group, what this waits for may never arrive.
+    while (!work.isCompleted()) {
+      try {
+        work.wait(kLookAround);
+      } catch (const std::exception&) {
+        group_.check();
+      }
+    }
+    try {
+      work.wait(kNoTimeout);
+    } catch (const std::exception& error) {
+      fail(error);
+    }
+  }
 
   [[noreturn]] void fail(const std::exception& error) {
     std::string ranks;

@@ -86,6 +86,35 @@ def test_ranks_of_a_host_that_do_not_agree_are_shown_and_the_other_host_is_told(
         assert "between hosts, among ranks " in message
 
 
+def _hosts_differ(rank: int, world_size: int, numel: int, dtype: torch.dtype, op: str) -> str:
+    began = time.monotonic()
+    tensor = torch.ones(10) if rank < 2 else torch.ones(numel, dtype=dtype)
+    message = error_of(lambda: dist.all_reduce(tensor, getattr(dist.ReduceOp, op)))
+    _stay_until_all_have_raised(rank, world_size, began)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("numel", "dtype", "theirs"),
+    [
+        (11, torch.float32, "11 float32"),
+        (3_000_000, torch.float32, "3000000 float32"),
+        (10, torch.int32, "10 int32"),
+    ],
+)
+def test_hosts_that_do_not_agree_are_shown(numel, dtype, theirs):
+    messages = run_on_hosts(
+        _hosts_differ, "aabb", numel, dtype, "MAX", group_timeout_s=GROUP_TIMEOUT_S
+    )
+    first, second = "all_reduce of 10 float32, maximum", f"all_reduce of {theirs}, maximum"
+    for rank, message in enumerate(messages):
+        here, there = (first, second) if rank < 2 else (second, first)
+        shown = rf"the hosts do not agree: here the ranks called {here}, rank \d called {there}"
+        # Or this rank's lane was closed by the other host, which had seen it before.
+        assert re.search(rf"{shown}|between hosts, among ranks", message), message
+    assert any("the hosts do not agree" in message for message in messages)
+
+
 def _abort(rank: int, world_size: int) -> str:
     began = time.monotonic()
     if rank == 1:
