@@ -6,7 +6,7 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,32 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from benchmarks.namespaces import Host
+
 COLLECTIVE_LIMIT = timedelta(seconds=120)
 
 
 def run_ranks(
-    function: Callable[..., Any], ranks: int, *args: Any, threads: int = 1, limit_s: float = 1800
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    threads: int = 1,
+    limit_s: float = 1800,
+    hosts: Sequence[Host] = (),
 ) -> list[Any]:
     """Call `function(*args)` on every rank and return the results by rank.
+
+    The ranks are spread over the hosts evenly, the first ones on the first; without hosts they
+    speak over loopback.
 
     An exception on any rank ends all of them and is raised here with that rank's traceback.
     """
     with tempfile.TemporaryDirectory(prefix="fastddp-bench-") as folder:
         context = mp.spawn(
-            rank_main, (ranks, Path(folder), threads, function, args), nprocs=ranks, join=False
+            rank_main,
+            (ranks, Path(folder), threads, function, args, hosts),
+            nprocs=ranks,
+            join=False,
         )
         deadline = time.monotonic() + limit_s
         while not context.join(timeout=1):
@@ -51,9 +64,13 @@ def rank_main(
     threads: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
+    hosts: Sequence[Host] = (),
 ) -> None:
     """What the process of one rank does; it leaves its result in the folder."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if hosts:
+        hosts[rank * len(hosts) // ranks].enter()
+    else:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(threads)
     dist.init_process_group(
         "gloo",

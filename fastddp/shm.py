@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,6 @@ _log = logging.getLogger("fastddp")
 
 _MESSAGE_BYTES = 4096
 _CPU = torch.device("cpu")
-
-MakeLane = Callable[[int, Sequence[int]], Any]
-"""Makes the gloo backend of a lane, from its number and its ranks, one of which is this one."""
 
 # Each group's counterpart, as long as the group lives; None where there is none.
 _counterparts: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup | None] = (
@@ -90,15 +87,8 @@ def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
     if not isinstance(inner, dist.ProcessGroupGloo):
         return None
     timeout: timedelta = inner.options._timeout
-
-    def make_lane(_number: int, ranks: Sequence[int]) -> Any:
-        everyone = dist.get_process_group_ranks(group)
-        lane = dist.new_group(
-            [everyone[rank] for rank in ranks], timeout, "gloo", use_local_synchronization=True
-        )
-        return lane._get_backend(_CPU)
-
-    backend = _connect(inner, group.rank(), group.size(), timeout, make_lane)
+    store = group.get_group_store()
+    backend = _connect(inner, store, group.rank(), group.size(), timeout)
     if backend is inner:
         return None
     pair = ProcessGroup(group.rank(), group.size())  # type: ignore[call-arg]
@@ -110,19 +100,19 @@ def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
 def _make_backend(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """Makes the backend for torch.distributed, which calls this on every rank of a new group."""
     inner = _make_gloo("gloo", store, rank, size, timeout)
-
-    def make_lane(number: int, ranks: Sequence[int]) -> Any:
-        return _make_gloo(f"lane{number}", store, ranks.index(rank), len(ranks), timeout)
-
-    return _connect(inner, rank, size, timeout, make_lane)
+    return _connect(inner, store, rank, size, timeout)
 
 
 def _make_gloo(name: str, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     return dist.ProcessGroupGloo(PrefixStore(name, store), rank, size, timeout)
 
 
-def _connect(inner: Any, rank: int, size: int, timeout: timedelta, make_lane: MakeLane) -> Any:
+def _connect(inner: Any, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """Connects the ranks of ``inner``, a gloo backend, by shared memory. Collective.
+
+    Those that have the same place on each of several hosts meet in ``store`` to connect by a lane
+    of their own. It is no group that torch.distributed knows: that would have to be made by all
+    ranks of the world.
 
     Returns:
         A ``ShmBackend``, or ``inner`` itself, on all ranks, where no two of them share a host or
@@ -162,16 +152,21 @@ def _connect(inner: Any, rank: int, size: int, timeout: timedelta, make_lane: Ma
             )
         )
     meeting.exchange({})  # after this nobody needs the control segment's descriptor any more
-    if not meeting.everybody_is_well:
-        return inner
-    if len(hosts) > 1:
+    if len(hosts) > 1 and meeting.everybody_is_well:
         count = min(len(local) for local in hosts.values())
         place = ranks.index(rank)
-        lane = (
-            make_lane(place, [local[place] for local in hosts.values()]) if place < count else None
+        lane = [local[place] for local in hosts.values()] if place < count else []
+        meeting.attempt(
+            lambda: backend.set_lanes(
+                count,
+                lane,
+                _make_gloo(f"fastddp lane {place}", store, lane.index(rank), len(lane), timeout)
+                if lane
+                else None,
+            )
         )
-        backend.set_lanes(count, lane)
-    return backend
+        meeting.exchange({})
+    return backend if meeting.everybody_is_well else inner
 
 
 class _Meeting:

@@ -109,10 +109,11 @@ void bind_shm(py::module_& m) {
            py::arg("control"), py::arg("timeout_s"), without_gil)
       .def(
           "set_lanes",
-          [](ShmBackend& self, std::int64_t count, c10::intrusive_ptr<c10d::Backend> backend) {
-            self.set_lanes({count, std::move(backend)});
+          [](ShmBackend& self, std::int64_t count, std::vector<int> ranks,
+             c10::intrusive_ptr<c10d::Backend> backend) {
+            self.set_lanes({count, std::move(ranks), std::move(backend)});
           },
-          py::arg("count"), py::arg("backend"))
+          py::arg("count"), py::arg("ranks"), py::arg("backend"))
       .def_property_readonly("is_idle", &ShmBackend::is_idle)
       .def_property_readonly("spans_hosts", &ShmBackend::spans_hosts);
 }

@@ -11,7 +11,6 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
 #include <span>
 
 #include "shm/group.h"
@@ -26,9 +25,24 @@ struct Operand {
   std::size_t bytes() const { return numel * size_of(element); }
 };
 
-// Where a group spans hosts: reduces a part, which lies in this rank's heap, over the ranks that
-// have the same part on the other hosts. In place.
-using CrossHosts = std::function<void(void* data, std::size_t numel)>;
+// Where a group spans hosts: reduces parts, which lie in this rank's heap, over the ranks that have
+// the same parts on the other hosts. In place. All throw Error.
+class CrossHosts {
+ public:
+  virtual ~CrossHosts() = default;
+  // Makes sure that the other hosts are about to do the same.
+  virtual void compare(const Call& call) = 0;
+  virtual void start(void* data, std::size_t numel) = 0;
+  // Waits for the oldest part that was started and is not finished; at most two are.
+  virtual void finish() = 0;
+};
+
+// What crosses hosts goes in pieces of so many bytes, so that one is on the wire while the next is
+// reduced here.
+constexpr std::size_t kPieceBytes = std::size_t{2} << 20;
+
+// Three: one is filled, one is on the wire and one is read.
+constexpr std::size_t kStagedPieces = 3;
 
 class Collectives {
  public:
@@ -49,13 +63,14 @@ class Collectives {
                       double divisor,
                       Deadline deadline);
 
-  // As all_reduce, with `lanes` of the ranks here exchanging their parts with other hosts. The
-  // operand has to lie in the heap.
+  // As all_reduce, with `lanes` of the ranks here exchanging their parts with other hosts.
+  // `staging`: kStagedPieces pieces in the heap for an operand that is not there, else null.
   void all_reduce_across(const Operand& operand,
                          Reduction reduction,
                          double divisor,
                          std::size_t lanes,
-                         const CrossHosts& cross,
+                         CrossHosts& cross,
+                         void* staging,
                          Deadline deadline);
 
   // Lets the others know that something else is next, so that they do not wait for this rank.

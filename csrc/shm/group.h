@@ -88,6 +88,8 @@ class Group {
 
   [[noreturn]] void fail(const std::string& why);
 
+  std::string describe(const Call& call) const;
+
  private:
   // `what` failed: the current collective, or the group.
   [[noreturn]] void throw_verdict(const std::string& what) const;
@@ -96,7 +98,6 @@ class Group {
   void wait_slowly(std::size_t index, Time time);
   void find_fault(std::size_t index, Time time);
   void compare_with(std::size_t index);
-  std::string describe(const Call& call) const;
   std::string describe_current() const;
 
   const Layout layout_;

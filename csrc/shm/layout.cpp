@@ -8,6 +8,7 @@ namespace {
 std::uint64_t pack(const Call& call) {
   return static_cast<std::uint64_t>(call.kind) | static_cast<std::uint64_t>(call.element) << 8 |
          static_cast<std::uint64_t>(call.reduction) << 16 |
+         static_cast<std::uint64_t>(call.staged) << 24 |
          static_cast<std::uint64_t>(call.root) << 32;
 }
 
@@ -15,6 +16,7 @@ void unpack(std::uint64_t what, Call& call) {
   call.kind = static_cast<Kind>(what & 0xFF);
   call.element = static_cast<Element>(what >> 8 & 0xFF);
   call.reduction = static_cast<Reduction>(what >> 16 & 0xFF);
+  call.staged = (what >> 24 & 1) != 0;
   call.root = static_cast<std::uint32_t>(what >> 32);
 }
 

@@ -31,7 +31,7 @@ enum class Kind : std::uint8_t {
   kOther,
 };
 
-// What a rank is about to do. All but `operand` has to be the same on all ranks.
+// What a rank is about to do. All but `operand` and `staged` has to be the same on all ranks.
 struct Call {
   Kind kind = Kind::kBarrier;
   Element element = Element::kUInt8;
@@ -39,6 +39,7 @@ struct Call {
   std::uint32_t root = 0;              // by the group's numbering
   std::uint64_t numel = 0;             // per rank
   std::uint64_t operand = kElsewhere;  // where it lies in the rank's heap
+  bool staged = false;                 // there, piece after piece, rather than as a whole
 
   static constexpr std::uint64_t kElsewhere = ~std::uint64_t{0};
 

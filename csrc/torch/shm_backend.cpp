@@ -8,7 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <deque>
 #include <utility>
 
 #include "shm/error.h"
@@ -19,9 +19,6 @@ namespace {
 
 using c10d::OpType;
 using c10d::ReduceOp;
-
-// Through how much memory an ordinary tensor goes on its way to other hosts.
-constexpr std::size_t kScratchBytes = std::size_t{8} << 20;
 
 // How long a rank that leaves lets collectives under way go on.
 constexpr auto kPatience = std::chrono::milliseconds(5000);
@@ -151,6 +148,137 @@ std::vector<at::Tensor> parts_of(const at::Tensor& whole, int count) {
   return parts;
 }
 
+at::ScalarType dtype_of(Element element) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kChar,
+                                     at::kByte, at::kShort, at::kInt, at::kLong}) {
+    if (element_of(dtype) == element) return dtype;
+  }
+  return at::kBool;
+}
+
+ReduceOp::RedOpType op_of(Reduction reduction) {
+  switch (reduction) {
+    case Reduction::kSum:
+    case Reduction::kAvg:  // divided once all hosts are in it
+      return ReduceOp::SUM;
+    case Reduction::kProduct:
+      return ReduceOp::PRODUCT;
+    case Reduction::kMin:
+      return ReduceOp::MIN;
+    case Reduction::kMax:
+      return ReduceOp::MAX;
+    case Reduction::kBand:
+      return ReduceOp::BAND;
+    case Reduction::kBor:
+      return ReduceOp::BOR;
+    case Reduction::kBxor:
+      return ReduceOp::BXOR;
+  }
+  return ReduceOp::UNUSED;
+}
+
+// The parts of one all-reduce on their way through a lane.
+class Crossing final : public shm::CrossHosts {
+ public:
+  Crossing(const Lanes& lanes,
+           shm::Group& group,
+           Element element,
+           Reduction reduction,
+           shm::Deadline deadline)
+      : lanes_(lanes),
+        group_(group),
+        dtype_(dtype_of(element)),
+        op_(op_of(reduction)),
+        deadline_(deadline) {}
+
+  // Gloo ends the process that gets more than it has room for, and adds up what is of other types.
+  void compare(const shm::Call& call) override {
+    const at::Tensor mine = at::tensor(
+        {static_cast<std::int64_t>(call.element), static_cast<std::int64_t>(call.reduction),
+         static_cast<std::int64_t>(call.numel)},
+        at::kLong);
+    std::vector<at::Tensor> inputs{mine};
+    std::vector<std::vector<at::Tensor>> outputs(1);
+    for (std::size_t i = 0; i < lanes_.ranks.size(); ++i)
+      outputs[0].push_back(at::empty_like(mine));
+    c10d::AllgatherOptions options;
+    options.timeout = time_left();
+    await(*launched([&] { return lanes_.backend->allgather(outputs, inputs, options); }));
+    for (std::size_t i = 0; i < lanes_.ranks.size(); ++i) {
+      if (outputs[0][i].equal(mine)) continue;
+      const auto* const theirs = outputs[0][i].const_data_ptr<std::int64_t>();
+      group_.fail("the hosts do not agree: here the ranks called " + group_.describe(call) +
+                  ", rank " + std::to_string(lanes_.ranks[i]) + " called " +
+                  group_.describe({.kind = call.kind,
+                                   .element = static_cast<Element>(theirs[0]),
+                                   .reduction = static_cast<Reduction>(theirs[1]),
+                                   .numel = static_cast<std::uint64_t>(theirs[2])}));
+    }
+  }
+
+  void start(void* data, std::size_t numel) override {
+    if (numel == 0) return under_way_.push_back({});
+    std::vector<at::Tensor> part{at::from_blob(data, {static_cast<std::int64_t>(numel)}, dtype_)};
+    c10d::AllreduceOptions options;
+    options.reduceOp = op_;
+    options.timeout = time_left();
+    under_way_.push_back(launched([&] { return lanes_.backend->allreduce(part, options); }));
+  }
+
+  void finish() override {
+    const auto work = std::move(under_way_.front());
+    under_way_.pop_front();
+    if (work) await(*work);
+  }
+
+ private:
+  static constexpr std::chrono::milliseconds kLookAround{50};
+
+  std::chrono::milliseconds time_left() const {
+    const auto left = deadline_ - std::chrono::steady_clock::now();
+    return std::max(std::chrono::ceil<std::chrono::milliseconds>(left),
+                    std::chrono::milliseconds(1));
+  }
+
+  template <typename Launch>
+  c10::intrusive_ptr<c10d::Work> launched(const Launch& launch) {
+    try {
+      return launch();
+    } catch (const std::exception& error) {
+      fail(error);
+    }
+  }
+
+  void await(c10d::Work& work) {
+    // If another rank here breaks the group, what this waits for may never arrive.
+    while (!work.isCompleted()) {
+      try {
+        work.wait(kLookAround);
+      } catch (const std::exception&) {
+        group_.check();
+      }
+    }
+    try {
+      work.wait(kNoTimeout);
+    } catch (const std::exception& error) {
+      fail(error);
+    }
+  }
+
+  [[noreturn]] void fail(const std::exception& error) {
+    std::string ranks;
+    for (const int rank : lanes_.ranks) ranks += (ranks.empty() ? "" : ", ") + std::to_string(rank);
+    group_.fail("between hosts, among ranks " + ranks + ": " + error.what());
+  }
+
+  const Lanes& lanes_;
+  shm::Group& group_;
+  const at::ScalarType dtype_;
+  const ReduceOp::RedOpType op_;
+  const shm::Deadline deadline_;
+  std::deque<c10::intrusive_ptr<c10d::Work>> under_way_;
+};
+
 }  // namespace
 
 // ---- life ------------------------------------------------------------------------------
@@ -229,7 +357,6 @@ void ShmBackend::abort() {
   check_usable();
   group_->abort("rank " + std::to_string(getRank()) + " has aborted the group");
   inner_->abort();
-  if (lanes_.backend) lanes_.backend->abort();
 }
 
 void ShmBackend::check_usable() const {
@@ -305,7 +432,7 @@ void ShmBackend::announce(shm::Kind kind, std::int64_t root) {
     collectives_->announce(kind, static_cast<int>(root), deadline_in(options_->timeout));
   };
   if (!turns_->idle()) {
-    turns_->submit(body, {}, std::make_shared<Outcome>());
+    turns_->submit(body, {});
     return;
   }
   try {
@@ -316,6 +443,11 @@ void ShmBackend::announce(shm::Kind kind, std::int64_t root) {
 }
 
 // ---- all_reduce ------------------------------------------------------------------------
+
+bool ShmBackend::can_all_reduce(const at::Tensor& tensor, const ReduceOp& op) const {
+  // A lane can carry what gloo can.
+  return can_reduce(tensor, op) && !(spans_hosts() && tensor.scalar_type() == at::kShort);
+}
 
 void ShmBackend::all_reduce(const at::Tensor& tensor, const ReduceOp& op, shm::Deadline deadline) {
   const at::Tensor real = as_real(tensor, op);
@@ -332,53 +464,30 @@ void ShmBackend::all_reduce(const at::Tensor& tensor, const ReduceOp& op, shm::D
 void ShmBackend::all_reduce_across(const shm::Operand& operand,
                                    Reduction reduction,
                                    shm::Deadline deadline) {
-  const Element element = operand.element;
-  const auto cross = [&](void* data, std::size_t numel) {
-    static const auto dtype_of = [](Element each) {
-      for (const at::ScalarType dtype :
-           {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kChar, at::kByte, at::kShort,
-            at::kInt, at::kLong, at::kBool}) {
-        if (element_of(dtype) == each) return dtype;
-      }
-      return at::kByte;
-    };
-    if (numel == 0) return;
-    Tensors part{at::from_blob(data, {static_cast<std::int64_t>(numel)}, dtype_of(element))};
-    c10d::AllreduceOptions options;
-    static constexpr ReduceOp::RedOpType kOps[] = {ReduceOp::SUM, ReduceOp::SUM, ReduceOp::PRODUCT,
-                                                   ReduceOp::MIN, ReduceOp::MAX, ReduceOp::BAND,
-                                                   ReduceOp::BOR, ReduceOp::BXOR};
-    options.reduceOp = kOps[static_cast<std::size_t>(reduction)];
-    options.timeout =
-        std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
-    options.timeout = std::max(options.timeout, std::chrono::milliseconds(1));
-    try {
-      lanes_.backend->allreduce(part, options)->wait(kNoTimeout);
-    } catch (const std::exception& error) {
-      group_->fail(std::string("between hosts: ") + error.what());
-    }
-  };
-  const auto lanes = static_cast<std::size_t>(lanes_.count);
-  if (shm::Heap::mine().contains(operand.data, operand.bytes())) {
-    return collectives_->all_reduce_across(operand, reduction, getSize(), lanes, cross, deadline);
+  void* staging = nullptr;
+  if (!shm::Heap::mine().contains(operand.data, operand.bytes())) {
+    if (!staging_.defined())
+      staging_ = allocateTensor(shm::kStagedPieces * shm::kPieceBytes, at::kByte);
+    staging = staging_.data_ptr();
   }
-  const std::size_t bytes = size_of(element);
-  if (!scratch_.defined()) scratch_ = allocateTensor(kScratchBytes, at::kByte);
-  char* const data = static_cast<char*>(operand.data);
-  std::size_t begin = 0;
-  do {
-    const std::size_t numel = std::min(operand.numel - begin, kScratchBytes / bytes);
-    if (numel > 0) std::memcpy(scratch_.data_ptr(), data + begin * bytes, numel * bytes);
-    collectives_->all_reduce_across({scratch_.data_ptr(), numel, element}, reduction, getSize(),
-                                    lanes, cross, deadline);
-    if (numel > 0) std::memcpy(data + begin * bytes, scratch_.data_ptr(), numel * bytes);
-    begin += numel;
-  } while (begin < operand.numel);
+  try {
+    Crossing crossing(lanes_, *group_, operand.element, reduction, deadline);
+    collectives_->all_reduce_across(operand, reduction, getSize(),
+                                    static_cast<std::size_t>(lanes_.count), crossing, staging,
+                                    deadline);
+  } catch (const shm::Error&) {
+    // The other hosts would wait for this rank's part: they learn of it by the closed connections.
+    // Closing waits for what is under way.
+    if (lanes_.backend) {
+      turns_->submit([lane = std::exchange(lanes_.backend, {})]() mutable { lane.reset(); }, {});
+    }
+    throw;
+  }
 }
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce(Tensors& tensors,
                                                      const c10d::AllreduceOptions& options) {
-  if (tensors.size() != 1 || !can_reduce(tensors[0], options.reduceOp)) {
+  if (tensors.size() != 1 || !can_all_reduce(tensors[0], options.reduceOp)) {
     return hand_on(shm::Kind::kOther, [&] { return inner_->allreduce(tensors, options); });
   }
   return start(OpType::ALLREDUCE, "shm:all_reduce", tensors, options.timeout, options.asyncOp,
@@ -389,7 +498,9 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce(Tensors& tensors,
 
 c10::intrusive_ptr<c10d::Work> ShmBackend::allreduce_coalesced(
     Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) {
-  const auto can = [&](const at::Tensor& tensor) { return can_reduce(tensor, options.reduceOp); };
+  const auto can = [&](const at::Tensor& tensor) {
+    return can_all_reduce(tensor, options.reduceOp);
+  };
   if (!std::all_of(tensors.begin(), tensors.end(), can)) {
     return hand_on(shm::Kind::kOther,
                    [&] { return inner_->allreduce_coalesced(tensors, options); });

@@ -31,7 +31,8 @@ struct LocalRanks {
 // Where a group spans hosts: how parts of an all-reduce cross.
 struct Lanes {
   std::int64_t count = 0;                     // ranks per host that exchange parts
-  c10::intrusive_ptr<c10d::Backend> backend;  // of those with this one's place; null if it has none
+  std::vector<int> ranks;                     // those with this one's place; empty if it has none
+  c10::intrusive_ptr<c10d::Backend> backend;  // theirs; null if it has none
 };
 
 class ShmBackend final : public c10d::Backend {
@@ -124,6 +125,7 @@ class ShmBackend final : public c10d::Backend {
   template <typename Start>
   Work hand_on(shm::Kind kind, Start start, std::int64_t root = 0);
   void announce(shm::Kind kind, std::int64_t root = 0);
+  bool can_all_reduce(const at::Tensor& tensor, const c10d::ReduceOp& op) const;
   void all_reduce(const at::Tensor& tensor, const c10d::ReduceOp& op, shm::Deadline deadline);
   void all_reduce_across(const shm::Operand& operand, Reduction reduction, shm::Deadline deadline);
   void all_gather(const Tensors& outputs, const at::Tensor& input, shm::Deadline deadline);
@@ -140,7 +142,7 @@ class ShmBackend final : public c10d::Backend {
   std::shared_ptr<shm::Group> group_;
   std::unique_ptr<shm::Collectives> collectives_;
   Lanes lanes_;
-  at::Tensor scratch_;  // for what has to be in the heap to cross hosts
+  at::Tensor staging_;  // for what has to be in the heap to cross hosts
   std::shared_ptr<Turns> turns_ = std::make_shared<Turns>();
   const unsigned forks_;
 };

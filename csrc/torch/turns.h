@@ -63,7 +63,9 @@ class Turns : public std::enable_shared_from_this<Turns> {
 
   // Has `body` run in the other thread. `results` are kept until it has ended and somebody waits or
   // launches: a Python object must not be freed by a thread that Python may be waiting for.
-  void submit(Body body, std::vector<at::Tensor> results, std::shared_ptr<Outcome> outcome);
+  void submit(Body body,
+              std::vector<at::Tensor> results,
+              std::shared_ptr<Outcome> outcome = std::make_shared<Outcome>());
 
   // Whether run() would start at once.
   bool idle() const;
