@@ -95,8 +95,10 @@ def two_hosts(mbit: int | None = None) -> Iterator[tuple[Host, Host]]:
             _ip("link", "set", name, "up", of=host.namespace)
             _ip("link", "set", "lo", "up", of=host.namespace)
             if mbit is not None:
-                shape = f"qdisc add dev {name} root tbf rate {mbit}mbit burst 128kb latency 50ms"
-                _run("tc", "-netns", host.namespace, *shape.split())
+                burst_kib = max(128, mbit // 8)  # what passes in a millisecond, at least
+                shape = f"tbf rate {mbit}mbit burst {burst_kib}kb latency 50ms"
+                command = f"qdisc add dev {name} root {shape}"
+                _run("tc", "-netns", host.namespace, *command.split())
         yield hosts
 
 
