@@ -22,6 +22,10 @@ using std::chrono::steady_clock;
 // twice as long as the better choice would have. Next to nothing where ranks share cores: whoever
 // is waited for may need this one.
 constexpr nanoseconds kSpin = std::chrono::microseconds(30);
+
+// Once all have come to a collective, what is waited for takes microseconds. To sleep there would be
+// the start of a chain: whoever is woken comes late, and the next one sleeps over that.
+constexpr nanoseconds kSpinInTheMidst = std::chrono::microseconds(300);
 constexpr nanoseconds kSpinOnSharedCores = std::chrono::microseconds(1);
 
 // A sleeping rank looks this often whether what it waits for can still come.
@@ -113,7 +117,7 @@ Group::Group(Layout layout, std::vector<Member> members, std::size_t me)
     : layout_(layout),
       members_(std::move(members)),
       me_(me),
-      spin_(members_.size() <= usable_cores() ? kSpin : kSpinOnSharedCores),
+      shares_cores_(members_.size() > usable_cores()),
       calls_(members_.size()) {}
 
 std::size_t Group::index_of(int rank) const {
@@ -141,7 +145,9 @@ Time Group::advance() {
 
 void Group::await(std::size_t index, Time time) {
   const Clock& clock = layout_.rank(index).clock;
-  if (!clock.reached(time) && !clock.spin(time, spin_)) wait_slowly(index, time);
+  if (clock.reached(time)) return;
+  const auto spin = shares_cores_ ? kSpinOnSharedCores : compared_ ? kSpinInTheMidst : kSpin;
+  if (!clock.spin(time, spin)) wait_slowly(index, time);
 }
 
 void Group::await_all(Time time) {

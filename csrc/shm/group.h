@@ -103,7 +103,7 @@ class Group {
   const Layout layout_;
   const std::vector<Member> members_;
   const std::size_t me_;
-  std::chrono::nanoseconds spin_;
+  const bool shares_cores_;  // there are more ranks than cores for them
 
   Time now_ = 0;    // this rank's clock
   Time first_ = 0;  // the end of the current collective's first step
