@@ -15,7 +15,7 @@ CXX_FILES := $(wildcard csrc/*/* tests/cpp/* benchmarks/csrc/*)
 CMAKE := $(or $(shell command -v cmake),$(abspath $(BIN))/cmake)
 CTEST := $(dir $(CMAKE))ctest
 
-.PHONY: help demo test test-clients build lint format cpp-test san bench bench-allreduce clean
+.PHONY: help demo test test-clients build lint format cpp-test san bench bench-allreduce bench-hosts clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
@@ -65,6 +65,9 @@ bench: $(VENV)/.built  ## measure against torch's DDP on this machine
 
 bench-allreduce: $(VENV)/.built  ## measure an all-reduce against gloo, and MPI where mpi4py is installed
 	$(BIN)/python -m benchmarks.allreduce $(BENCH_ARGS)
+
+bench-hosts: $(VENV)/.built  ## measure two hosts over a 1 Gbit/s link of namespaces; needs root
+	$(BIN)/python -m benchmarks.hosts $(BENCH_ARGS)
 
 clean:  ## remove what was built, but not $(VENV)
 	rm -rf build dist *.egg-info fastddp/_build_info.py fastddp/_C.*.so

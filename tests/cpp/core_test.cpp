@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "core/plan.h"
+#include "core/schedule.h"
 #include "core/tracker.h"
 
 using fastddp::BucketPlan;
@@ -125,6 +126,26 @@ TEST(random_arrivals_launch_each_bucket_once_and_in_order) {
       }
     }
     CHECK(expected == plan.size());
+  }
+}
+
+TEST(schedules_try_both_in_turn_and_keep_the_faster) {
+  for (const bool early_is_faster : {true, false}) {
+    Schedule schedule;
+    int tried_early = 0;
+    int tried_late = 0;
+    while (!schedule.is_decided()) {
+      const bool early = schedule.is_early();
+      (early ? tried_early : tried_late)++;
+      // The first of each is slow, as first rounds are; noise is not what decides.
+      const bool first = (early ? tried_early : tried_late) == 1;
+      schedule.add((first ? 1000.0 : 10.0) + (early == early_is_faster ? 0.0 : 1.0));
+    }
+    CHECK(tried_early == 5 && tried_late == 5);
+    for (int i = 0; i < 20; ++i) {
+      CHECK(schedule.is_early() == early_is_faster);
+      schedule.add(early_is_faster ? 0.0 : 1e9);  // nothing is measured any more
+    }
   }
 }
 

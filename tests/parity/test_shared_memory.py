@@ -1,0 +1,136 @@
+"""What `wrap` makes of a group whose ranks share a host, and when its buckets are launched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fastddp
+from tests import ranks
+from tests.conftest import require_native
+from tests.ranks import run_ranks
+
+ROUNDS = 26
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+
+
+def _lies_in_a_heap(tensor: torch.Tensor) -> bool:
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, _, end = line.split()[0].partition("-")
+        if int(begin, 16) <= address < int(end, 16):
+            return "memfd:fastddp-heap" in line
+    return False
+
+
+def _train(rank: int, engine: str, rounds: int) -> tuple[nn.Module, list[bool], list[torch.Tensor]]:
+    model = fastddp.wrap(_model(), engine=engine, bucket_cap_mb=0.002)
+    overlapped, gradients = [], []
+    torch.manual_seed(rank)
+    x = torch.randn(3, 16)
+    for _ in range(rounds):
+        model.zero_grad()
+        model(x).square().mean().backward()
+        overlapped.append(model.stats().overlaps)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return model, overlapped, gradients
+
+
+def _on_gloo(rank: int, world_size: int, engine: str, shared: bool) -> None:
+    model, overlapped, gradients = _train(rank, engine, ROUNDS)
+    assert dist.get_backend() == "gloo"
+    assert all(_lies_in_a_heap(param.grad) == shared for param in model.parameters())
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    if shared:
+        # The order is learned in the first round, its plan is installed in the second.
+        assert overlapped[1:11] == [False, True] * 5
+        assert len(set(overlapped[11:])) == 1
+    else:
+        assert all(overlapped)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_buckets_lie_where_all_ranks_can_reach_them(engine: str, world_size: int) -> None:
+    require_native()
+    run_ranks(_on_gloo, world_size, engine, True)
+
+
+def test_it_can_be_turned_off(engine: str) -> None:
+    run_ranks(_on_gloo, 2, engine, False, env={"FASTDDP_SHM": "0"})
+
+
+def _mixed_engines(rank: int, world_size: int) -> list[float]:
+    _, _, gradients = _train(rank, ("native", "python")[rank % 2], ROUNDS)
+    return torch.stack(gradients).unique(dim=0).flatten().tolist()
+
+
+def test_engines_that_choose_for_themselves_stay_in_step() -> None:
+    require_native()
+    first, *others = run_ranks(_mixed_engines, 3)
+    assert all(other == first for other in others)
+    assert len(first) == sum(p.numel() for p in _model().parameters())
+
+
+def _default_group(rank: int, world_size: int) -> None:
+    ranks.init_group(fastddp.launch.default_backend())
+    assert dist.get_backend() == "shm"
+    x = torch.ones(3)
+    dist.all_reduce(x)
+    assert x.tolist() == [world_size] * 3
+    model, _, _ = _train(rank, "native", 3)
+    assert all(_lies_in_a_heap(param.grad) for param in model.parameters())
+
+
+def test_the_default_backend_shares_memory() -> None:
+    require_native()
+    run_ranks(_default_group, 2, init_group=False)
+
+
+def _sub_groups(rank: int, world_size: int) -> None:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    for _ in range(2):  # the second model finds the counterpart that the first one made
+        model = fastddp.wrap(_model(), process_group=pairs[rank // 2])
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.full((1, 16), float(rank))).sum().backward()
+        assert all(_lies_in_a_heap(param.grad) for param in model.parameters())
+        expected = _model()
+        ours = [2 * (rank // 2), 2 * (rank // 2) + 1]
+        (sum(expected(torch.full((1, 16), float(r))).sum() for r in ours) / 2).backward()
+        for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_each_sub_group_has_its_own(engine: str) -> None:
+    require_native()
+    run_ranks(_sub_groups, 4, env={"FASTDDP_ENGINE": engine})
+
+
+def _memory_after(rank: int, world_size: int) -> list[int]:
+    used = []
+    for _ in range(4):
+        model, _, gradients = _train(rank, "native", 3)
+        del model, gradients
+        used.append(fastddp.extension.load().shm_heap_used())
+    return used
+
+
+def test_a_model_that_is_dropped_gives_its_memory_back() -> None:
+    require_native()
+    for used in run_ranks(_memory_after, 2):
+        assert used == [used[0]] * 4
+
+
+def test_a_wrong_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "FASTDDP_SHM", "yes")
+    with pytest.raises(ValueError, match=r"FASTDDP_SHM='yes' is not one of 0, 1"):
+        fastddp.shm.why_not()
