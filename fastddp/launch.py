@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastddp import shm
-
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -69,9 +67,12 @@ def init_process_group(
 
 
 def default_backend() -> str:
-    """Returns what :func:`init_process_group` takes unless told."""
-    cpu = "shm" if shm.why_not() is None else "gloo"
-    return f"cpu:{cpu},cuda:nccl" if torch.cuda.is_available() else cpu
+    """Returns what :func:`init_process_group` takes unless told.
+
+    The same on every rank, whatever this one can do: where one of them cannot share memory,
+    ``shm`` is gloo on all.
+    """
+    return "cpu:shm,cuda:nccl" if torch.cuda.is_available() else "shm"
 
 
 def ensure_process_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:

@@ -92,6 +92,7 @@ class Replica:
         check_module(self.module)
         engines.choose(self.options.engine)
         config.keep_memory()
+        config.shm()
 
     def broadcast_model(self, root: int = 0, with_buffers: bool = True) -> None:
         """Gives every rank the parameters, and buffers, of rank ``root`` of the group."""
@@ -128,7 +129,7 @@ class Replica:
             names,
             sum(p in sparse for p in params),
             frozen,
-            shm.counterpart(group, self.device),
+            self._transport(group),
             self.options.caps_bytes,
         )
         self._hooked = {param: (param.dtype, param.device) for param in params}
@@ -294,7 +295,7 @@ class Replica:
                 " destroy_process_group() after the last one, or run model.module instead"
             )
         try:
-            self.buffers.broadcast(buffers, shm.counterpart(group, self.device), root)
+            self.buffers.broadcast(buffers, self._transport(group), root)
         except RuntimeError as error:
             raise torch.distributed.DistBackendError(
                 f"fastddp: rank {group.rank()}: the broadcast of {len(buffers)} buffers"
@@ -378,6 +379,14 @@ class Replica:
         group = self.group
         assert group is not None
         return group
+
+    def _transport(self, group: ProcessGroup) -> ProcessGroup:
+        """Returns what gradients and buffers go through.
+
+        Without ``init_sync`` the group as it is: to make a counterpart all ranks have to meet, and
+        they need not wrap at the same time then.
+        """
+        return shm.counterpart(group, self.device) if self.options.init_sync else group
 
     @property
     def device(self) -> torch.device:

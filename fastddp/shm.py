@@ -10,6 +10,7 @@ that have the same share on the other hosts.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from fastddp import config, extension
 from fastddp.collectives import Loan, settle
+from fastddp.version import __version__
 
 _log = logging.getLogger("fastddp")
 
@@ -54,9 +56,10 @@ def _end_pending() -> None:
     """
     for group in (*dist.distributed_c10d._world.pg_map, *_counterparts.values()):
         if group is not None and _CPU in group._device_types:
-            backend = group._get_backend(_CPU)
-            if backend.name() == "shm" and not getattr(backend, "is_idle", True):
-                backend.shutdown()
+            with contextlib.suppress(RuntimeError):
+                backend = group._get_backend(_CPU)
+                if backend.name() == "shm" and not getattr(backend, "is_idle", True):
+                    backend.shutdown()
 
 
 def why_not() -> str | None:
@@ -83,6 +86,8 @@ def counterpart(group: ProcessGroup, device: torch.device) -> ProcessGroup:
 
 
 def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
+    if type(group) is not ProcessGroup:  # a class of the user's, which has its own collectives
+        return None
     inner = group._get_backend(_CPU)
     if not isinstance(inner, dist.ProcessGroupGloo):
         return None
@@ -119,10 +124,13 @@ def _connect(inner: Any, store: Any, rank: int, size: int, timeout: timedelta) -
         one of them cannot get at another's memory (which is logged).
     """
     meeting = _Meeting(inner, rank, size)
-    native = extension.load() if why_not() is None else None
+    reason = why_not()
+    native = extension.load() if reason is None else None
     heap = meeting.attempt(lambda: native.shm_heap().parts() if native is not None else None)
     host = meeting.attempt(_host)
-    cards = meeting.exchange({"host": host, "heap": heap, "why_not": _short(why_not())})
+    cards = meeting.exchange(
+        {"host": host, "heap": heap, "version": __version__, "why_not": _short(reason)}
+    )
     hosts: dict[str, list[int]] = {}
     for other, card in enumerate(cards):
         hosts.setdefault(card["host"], []).append(other)
@@ -130,7 +138,9 @@ def _connect(inner: Any, store: Any, rank: int, size: int, timeout: timedelta) -
     if 1 < len(hosts) == size or (len(reasons) == 1 and all(card["why_not"] for card in cards)):
         return inner  # as asked for, or as it has to be: nothing to tell
     if reasons:
-        meeting.trouble = meeting.trouble or why_not()
+        meeting.trouble = meeting.trouble or reason
+    if len({card["version"] for card in cards}) > 1:
+        meeting.trouble = meeting.trouble or f"it has fastddp {__version__}, another rank has not"
     ranks = hosts[cards[rank]["host"]]
     control = None
     if rank == ranks[0] and native is not None:

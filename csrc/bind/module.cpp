@@ -114,7 +114,8 @@ void bind_shm(py::module_& m) {
             self.set_lanes({count, std::move(ranks), std::move(backend)});
           },
           py::arg("count"), py::arg("ranks"), py::arg("backend"))
-      .def_property_readonly("is_idle", &ShmBackend::is_idle)
+      .def_property_readonly("is_idle", py::cpp_function(&ShmBackend::is_idle,
+                                                         py::call_guard<py::gil_scoped_release>()))
       .def_property_readonly("spans_hosts", &ShmBackend::spans_hosts);
 }
 

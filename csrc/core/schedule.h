@@ -3,9 +3,12 @@
 //
 // The former hides communication where a core is free for it. Where every core computes it only
 // adds switches between threads. Which is better depends on the model and the machine, so the first
-// rounds of a plan try both in turn, and the best of each decides.
+// rounds of a plan try both in turn, and in the round after them the ranks add up their best times.
 //
-// Each rank decides for itself: when a rank launches does not change what is reduced with what.
+// Invariant: all ranks have the same schedule in the same round. Else the collectives of another
+// model, or of the user's, would come before a bucket on one rank and after it on another. So it
+// depends on nothing but the number of rounds begun, and on what all ranks have agreed on. Guarded
+// by tests/parity/test_shared_memory.py.
 #pragma once
 
 #include <algorithm>
@@ -15,22 +18,29 @@ namespace fastddp {
 
 class Schedule {
  public:
-  // Whether the next round launches its buckets as they fill.
-  bool is_early() const { return rounds_ < kTrials ? rounds_ % 2 == 1 : early_us_ < late_us_; }
-  bool is_decided() const { return rounds_ >= kTrials; }
-
-  // Takes note of how long such a round took.
-  void add(double round_us) {
-    if (is_decided()) return;
-    double& best = is_early() ? early_us_ : late_us_;
-    best = std::min(best, round_us);
-    ++rounds_;
+  // Begins a round; returns whether it launches its buckets as they fill.
+  bool begin() {
+    const int round = begun_++;
+    return round < kTrials ? round % 2 == 1 : early_;
   }
+
+  // Takes note of how long a round took that ended well.
+  void add(bool was_early, double round_us) {
+    double& best = was_early ? early_us_ : late_us_;
+    best = std::min(best, round_us);
+  }
+
+  // Whether the round under way is the one in which the ranks add up early_us() and late_us().
+  bool is_due() const { return begun_ == kTrials + 1; }
+  double early_us() const { return early_us_; }
+  double late_us() const { return late_us_; }
+  void decide(double sum_early_us, double sum_late_us) { early_ = sum_early_us < sum_late_us; }
 
  private:
   static constexpr int kTrials = 10;
 
-  int rounds_ = 0;
+  int begun_ = 0;
+  bool early_ = false;
   double early_us_ = std::numeric_limits<double>::infinity();
   double late_us_ = std::numeric_limits<double>::infinity();
 };

@@ -77,7 +77,7 @@ bool Collectives::meet(std::size_t bytes) {
   if (bytes <= kFewBytes) return false;
   group_.await_all(group_.advance());
   // One that was stopped meanwhile may not write to ranks that have given up.
-  group_.check();
+  group_.check_current();
   return group_.all_direct();
 }
 
@@ -224,7 +224,7 @@ void Collectives::all_reduce_across(const Operand& operand,
     if (i < count && staged) copy_piece(i, false);
     // After this all have filled piece i and spread piece i - 2.
     if (i < count || i > 1) group_.await_all(group_.advance());
-    group_.check();  // as in meet()
+    group_.check_current();  // as in meet()
     if (i > 1 && staged) copy_piece(i - 2, true);
     if (i == 0 && has_lane) cross.compare(call);
     if (i < count && has_lane) {

@@ -23,8 +23,8 @@ using std::chrono::steady_clock;
 // is waited for may need this one.
 constexpr nanoseconds kSpin = std::chrono::microseconds(30);
 
-// Once all have come to a collective, what is waited for takes microseconds. To sleep there would be
-// the start of a chain: whoever is woken comes late, and the next one sleeps over that.
+// Once all have come to a collective, what is waited for takes microseconds. To sleep there would
+// be the start of a chain: whoever is woken comes late, and the next one sleeps over that.
 constexpr nanoseconds kSpinInTheMidst = std::chrono::microseconds(300);
 constexpr nanoseconds kSpinOnSharedCores = std::chrono::microseconds(1);
 

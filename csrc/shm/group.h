@@ -66,6 +66,9 @@ class Group {
   // Whether all operands lie in heaps.
   bool all_direct() const;
 
+  // Throws the verdict, if there is one, as what has ended the current collective.
+  void check_current() const;
+
   // The next slot, once nobody reads it any more; the same one on every rank. It may be read up to
   // the end of the second step after the one that is now under way.
   std::size_t claim_slot();
@@ -93,7 +96,6 @@ class Group {
  private:
   // `what` failed: the current collective, or the group.
   [[noreturn]] void throw_verdict(const std::string& what) const;
-  void check_current() const;
   void write_verdict(const std::string& why);
   void wait_slowly(std::size_t index, Time time);
   void find_fault(std::size_t index, Time time);

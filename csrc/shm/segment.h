@@ -45,6 +45,8 @@ struct Address {
   int fd = -1;
   std::uint64_t bytes = 0;
   Nonce nonce;
+
+  friend bool operator==(const Address&, const Address&) = default;
 };
 
 // Owns a mapping of a segment, readable and writable, whose first bytes are its nonce.

@@ -1,5 +1,5 @@
 // A collective that was handed to another backend, and that fails when the group breaks: the other
-// backend would wait for its timeout.
+// backend would wait for its timeout. (A future of it still does.)
 #pragma once
 
 #include <ATen/core/ivalue.h>
@@ -12,6 +12,8 @@
 #include <mutex>
 #include <utility>
 #include <vector>
+
+#include "torch/deadline.h"
 
 namespace fastddp {
 
@@ -26,8 +28,8 @@ class HandedWork final : public c10d::Work {
         ended->is = true;
         ended->changed.notify_all();
       });
-    } catch (const c10::Error&) {  // some works of gloo's have none
-      look_around_ = std::chrono::milliseconds(1);
+    } catch (const c10::Error&) {
+      tells_when_it_ends_ = false;
     }
   }
 
@@ -39,16 +41,16 @@ class HandedWork final : public c10d::Work {
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return work_->getFuture(); }
 
   bool wait(std::chrono::milliseconds timeout) override {
-    using std::chrono::steady_clock;
-    const auto deadline = steady_clock::now() + timeout;
+    if (!tells_when_it_ends_) return work_->wait(timeout);
+    constexpr std::chrono::milliseconds kLookAround{50};
+    const auto deadline = deadline_in(timeout);
     {
       std::unique_lock lock(ended_->mutex);
-      while (!ended_->changed.wait_for(lock, look_around_, [this] { return ended_->is; })) {
-        if (work_->isCompleted()) break;
+      while (!ended_->changed.wait_for(lock, kLookAround, [this] { return ended_->is; })) {
         check_();
-        TORCH_CHECK_WITH(DistBackendError, timeout == kNoTimeout || steady_clock::now() < deadline,
-                         "fastddp: timed out: a collective did not end within ", timeout.count(),
-                         " ms");
+        TORCH_CHECK_WITH(
+            DistBackendError, timeout == kNoTimeout || std::chrono::steady_clock::now() < deadline,
+            "fastddp: timed out: a collective did not end within ", timeout.count(), " ms");
       }
     }
     return work_->wait(kNoTimeout);
@@ -63,7 +65,7 @@ class HandedWork final : public c10d::Work {
 
   const c10::intrusive_ptr<c10d::Work> work_;
   const std::function<void()> check_;
-  std::chrono::milliseconds look_around_{50};
+  bool tells_when_it_ends_ = true;  // some works of gloo's do not
   const std::shared_ptr<Ended> ended_ = std::make_shared<Ended>();
 };
 

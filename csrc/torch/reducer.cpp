@@ -51,8 +51,12 @@ at::Tensor empty_sparse(const at::Tensor& variable) {
 
 // Our own backend runs a collective in the thread that launches it, if that is going to wait.
 bool runs_inline(c10d::ProcessGroup& group, const std::vector<at::Tensor>& params) {
-  return !params.empty() && params.front().is_cpu() &&
-         group.getBackend(at::kCPU)->getBackendName() == "shm";
+  if (params.empty() || !params.front().is_cpu()) return false;
+  try {
+    return group.getBackend(at::kCPU)->getBackendName() == "shm";
+  } catch (const c10::Error&) {  // a group of the user's making, which has no backends
+    return false;
+  }
 }
 
 double us_since(std::chrono::steady_clock::time_point start) {
@@ -235,11 +239,10 @@ void Reducer::on_gradient(std::size_t param) {
 void Reducer::finish_round() {
   const std::lock_guard lock(mutex_);
   if (!round_) return;
-  const bool order_is_settled = order_is_learned_;  // before this round
   const c10::NoGradGuard no_grad;
   try {
-    flush(true);
     const auto start = std::chrono::steady_clock::now();
+    flush(true);
     for (std::size_t launch = 0; launch < round_->waits.size(); ++launch) wait_for(launch);
     stats_.wait_us_last = us_since(start);
     hand_out();
@@ -251,7 +254,7 @@ void Reducer::finish_round() {
   stats_.wait_us_total += stats_.wait_us_last;
   ++stats_.rounds;
   stats_.overlaps = round_->is_early;
-  if (order_is_settled && !round_->is_shadow) schedule_.add(us_since(round_->begin));
+  if (!round_->is_shadow) schedule_.add(round_->is_early, us_since(round_->begin));
   round_.reset();
   const auto after_round = after_round_;  // it may set another
   if (after_round) after_round();
@@ -279,22 +282,37 @@ void Reducer::shadow() {
 // ---- one round -----------------------------------------------------------------------
 
 void Reducer::begin_round(bool is_shadow) {
-  if (agreement_) {
-    try {
-      agreement_->work->wait();
-    } catch (const std::exception& error) {
-      TORCH_CHECK_WITH(
-          DistBackendError, false, "fastddp: rank ", rank_,
-          ": the broadcast of the order in which gradients arrive failed: ", error.what());
-    }
-    const at::Tensor order = agreement_->order.front().cpu();
-    const auto* begin = order.const_data_ptr<std::int64_t>();
-    agreement_.reset();
-    replan({begin, begin + order.numel()});
-  }
+  await_agreements();
   if (!installed_) install_plan();
   round_ = std::make_unique<Round>(plan_, params_.size(), is_shadow);
-  round_->is_early = !may_launch_late() || schedule_.is_early();
+  round_->is_early = schedule_.begin() || !may_launch_late();
+}
+
+void Reducer::await_agreements() {
+  const auto take = [this](std::optional<Agreement>& agreement, const char* what) {
+    try {
+      agreement->work->wait();
+    } catch (const c10::Error& error) {
+      TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": ", what,
+                       " failed: ", error.what_without_backtrace());
+    } catch (const std::exception& error) {
+      TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": ", what,
+                       " failed: ", error.what());
+    }
+    const at::Tensor result = agreement->tensors.front().cpu();
+    agreement.reset();
+    return result;
+  };
+  if (order_) {
+    const at::Tensor order = take(order_, "the broadcast of the order in which gradients arrive");
+    const auto* begin = order.const_data_ptr<std::int64_t>();
+    replan({begin, begin + order.numel()});
+  }
+  if (timing_) {
+    const at::Tensor sums = take(timing_, "the all-reduce of the times of rounds");
+    const auto* sum = sums.const_data_ptr<double>();
+    schedule_.decide(sum[0], sum[1]);
+  }
 }
 
 void Reducer::queue_end() {
@@ -304,7 +322,6 @@ void Reducer::queue_end() {
 }
 
 void Reducer::install_plan() {
-  schedule_ = Schedule();
   stats_.bytes_per_round = 0;
   stats_.num_buckets = static_cast<std::int64_t>(plan_.size());
   // Frees the old buckets before the new are allocated.
@@ -479,6 +496,7 @@ void Reducer::flush(bool waits) {
   }
   launch_loose_flags();
   if (!order_is_learned_) agree_on_order();
+  if (may_launch_late() && schedule_.is_due()) agree_on_schedule();
 }
 
 // Starts to send rank 0's arrival order to all; the next round, on every rank, begins with the plan
@@ -491,16 +509,27 @@ void Reducer::agree_on_order() {
     }
   }
   Agreement agreement;
-  agreement.order = {at::tensor(order, at::kLong).to(params_.front().variable.device())};
+  agreement.tensors = {at::tensor(order, at::kLong).to(params_.front().variable.device())};
   const WithoutPythonObjects guard;
-  agreement.work = group()->broadcast(agreement.order);
-  agreement_ = std::move(agreement);
+  agreement.work = group()->broadcast(agreement.tensors);
+  order_ = std::move(agreement);
   order_is_learned_ = true;
+}
+
+void Reducer::agree_on_schedule() {
+  Agreement agreement;
+  agreement.tensors = {at::tensor({schedule_.early_us(), schedule_.late_us()}, at::kDouble)};
+  const WithoutPythonObjects guard;
+  agreement.work = group()->allreduce(agreement.tensors);
+  timing_ = std::move(agreement);
 }
 
 void Reducer::wait_for(std::size_t launch) {
   try {
     round_->waits[launch]();
+  } catch (const c10::Error& error) {
+    TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": the all-reduce of ",
+                     describe(launch), " failed: ", error.what_without_backtrace());
   } catch (const std::exception& error) {
     TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": the all-reduce of ",
                      describe(launch), " failed: ", error.what());
@@ -531,6 +560,7 @@ void Reducer::hand_out() {
 void Reducer::replan(const std::vector<std::int64_t>& order) {
   const auto align_bytes = hook_ ? kPackedAlignBytes : kSlotAlignBytes;
   auto plan = plan_buckets(specs_, order, caps_bytes_, align_bytes);
+  schedule_ = Schedule();  // here, where all ranks are in the same round
   if (plan == plan_) return;
   plan_ = std::move(plan);
   installed_ = false;

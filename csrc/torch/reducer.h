@@ -4,7 +4,7 @@
 //   first gradient     -> begin_round(): install the plan if a new one is due, queue finish_round()
 //                         on the backward
 //   each gradient      -> take(): scale it into its slot, empty `.grad`, launch the buckets that
-//                         are full, in plan order
+//                         are full, in plan order, unless the round's schedule has them wait
 //   end of backward    -> finish_round(): launch what is left, wait, make each `.grad` the reduced
 //                         slot
 //   backward raised    -> abandon_round(): launch what is left and wait for nothing but hooks
@@ -160,9 +160,9 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
     std::vector<Bystander> bystanders;
   };
 
-  // The arrival order of the first round, on its way from rank 0 to all.
+  // What the ranks agree on between two rounds: from the end of one to the head of the next.
   struct Agreement {
-    std::vector<at::Tensor> order;
+    std::vector<at::Tensor> tensors;
     c10::intrusive_ptr<c10d::Work> work;
   };
 
@@ -188,6 +188,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
                   std::vector<std::size_t> params,
                   std::vector<std::int64_t> offsets) const;
   void agree_on_order();
+  void agree_on_schedule();
+  void await_agreements();
   void wait_for(std::size_t launch);
   void hand_out();
   void replan(const std::vector<std::int64_t>& order);
@@ -219,11 +221,12 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   bool closed_ = false;
   bool installed_ = false;  // whether the next three are the plan's
   std::vector<Bucket> buckets_;
-  at::Tensor loose_flags_;  // those that travel in no bucket; undefined if there are none
-  std::optional<Agreement> agreement_;
+  at::Tensor loose_flags_;          // those that travel in no bucket; undefined if there are none
+  std::optional<Agreement> order_;  // of arrival in the first round, from rank 0
   bool order_is_learned_ = false;
   bool counts_are_learned_ = false;  // a round has ended well on this rank
-  Schedule schedule_;                // of the installed plan
+  Schedule schedule_;                // of the plan
+  std::optional<Agreement> timing_;  // the ranks' times, on their way
   Stats stats_;
   std::vector<std::string> unused_;
   std::unique_ptr<Round> round_;  // null between rounds

@@ -13,6 +13,7 @@
 
 #include "shm/error.h"
 #include "shm/heap.h"
+#include "torch/deadline.h"
 
 namespace fastddp {
 namespace {
@@ -89,9 +90,10 @@ std::optional<Reduction> reduction_of(const ReduceOp& op) {
   }
 }
 
-shm::Deadline deadline_in(std::chrono::milliseconds timeout) {
-  constexpr auto kLongest = std::chrono::hours(24 * 365);  // some say "never" by the largest number
-  return std::chrono::steady_clock::now() + std::min<std::chrono::milliseconds>(timeout, kLongest);
+// What an exception says, without the C++ frames that torch adds.
+std::string text_of(const std::exception& error) {
+  const auto* const of_torch = dynamic_cast<const c10::Error*>(&error);
+  return of_torch != nullptr ? of_torch->what_without_backtrace() : error.what();
 }
 
 // Threads are joined that may want the GIL, by whoever drops the last reference; that may hold it.
@@ -255,7 +257,7 @@ class Crossing final : public shm::CrossHosts {
       try {
         work.wait(kLookAround);
       } catch (const std::exception&) {
-        group_.check();
+        group_.check_current();
       }
     }
     try {
@@ -268,7 +270,7 @@ class Crossing final : public shm::CrossHosts {
   [[noreturn]] void fail(const std::exception& error) {
     std::string ranks;
     for (const int rank : lanes_.ranks) ranks += (ranks.empty() ? "" : ", ") + std::to_string(rank);
-    group_.fail("between hosts, among ranks " + ranks + ": " + error.what());
+    group_.fail("between hosts, among ranks " + ranks + ": " + text_of(error));
   }
 
   const Lanes& lanes_;
@@ -306,7 +308,7 @@ ShmBackend::ShmBackend(int rank,
     // First, so that the heap proves it to be the right process.
     const auto process = std::make_shared<const shm::Process>(address.pid);
     char* heap = shm::Heap::mine().data();
-    if (!(address.nonce == shm::Heap::mine().address().nonce)) {
+    if (!(address == shm::Heap::mine().address())) {
       memory->heaps.push_back(shm::open_peer_heap(address));
       heap = memory->heaps.back()->data();
     }
@@ -342,6 +344,7 @@ ShmBackend::~ShmBackend() {
 void ShmBackend::shutdown() {
   if (forks_ != count_forks()) return;  // the parent goes on
   const WithoutGil without_gil;
+  has_left_ = true;
   // What is under way ends well if the other ranks come to it.
   const bool ended = turns_->wait_until_idle(std::min(options_->timeout, kPatience));
   // Of a process that is ending the others wait for the end: it says more.
@@ -364,9 +367,15 @@ void ShmBackend::check_usable() const {
                    "fastddp: rank ", getRank(),
                    ": this process was forked from the one that made the process group, and cannot "
                    "use it; call init_process_group() here, or start the process by spawn");
+  TORCH_CHECK_WITH(DistBackendError, !has_left_, "fastddp: rank ", getRank(),
+                   ": the process group was destroyed; make another one");
 }
 
-c10::intrusive_ptr<c10d::Backend::Options> ShmBackend::getBackendOptions() { return options_; }
+c10::intrusive_ptr<c10d::Backend::Options> ShmBackend::getBackendOptions() {
+  // The inner backend's may have been changed by whoever else has it.
+  options_->timeout = inner_->getBackendOptions()->timeout;
+  return options_;
+}
 
 void ShmBackend::setTimeout(std::chrono::milliseconds timeout) {
   options_->timeout = timeout;
@@ -396,13 +405,17 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::start(OpType type,
                                                  bool async,
                                                  Body body) {
   check_usable();
-  if (timeout == c10d::kUnsetTimeout) timeout = options_->timeout;
+  if (timeout == c10d::kUnsetTimeout) timeout = inner_->getBackendOptions()->timeout;
   Turns::Body run = [this, timeout, body = std::move(body)] {
     const c10::NoGradGuard no_grad;
     try {
       body(deadline_in(timeout));
     } catch (const shm::Error& error) {
       TORCH_CHECK_WITH(DistBackendError, false, error.what());
+    } catch (const std::exception& error) {
+      // This rank may not have begun what the others are in.
+      group_->abort("rank " + std::to_string(getRank()) + " failed: " + text_of(error));
+      throw;
     }
   };
   auto work = c10::make_intrusive<TurnWork>(type, title, std::move(results), turns_);
@@ -429,7 +442,8 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::hand_on(shm::Kind kind, Start start, 
 void ShmBackend::announce(shm::Kind kind, std::int64_t root) {
   check_usable();
   const auto body = [this, kind, root] {
-    collectives_->announce(kind, static_cast<int>(root), deadline_in(options_->timeout));
+    collectives_->announce(kind, static_cast<int>(root),
+                           deadline_in(inner_->getBackendOptions()->timeout));
   };
   if (!turns_->idle()) {
     turns_->submit(body, {});

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -138,12 +139,13 @@ class ShmBackend final : public c10d::Backend {
 
   const c10::intrusive_ptr<Options> options_;
   c10::intrusive_ptr<c10d::Backend> inner_;
-  // Works that outlive this hold both, the group with the memory behind it.
+  // With the memory behind it, since works outlive this.
   std::shared_ptr<shm::Group> group_;
   std::unique_ptr<shm::Collectives> collectives_;
   Lanes lanes_;
   at::Tensor staging_;  // for what has to be in the heap to cross hosts
   std::shared_ptr<Turns> turns_ = std::make_shared<Turns>();
+  std::atomic<bool> has_left_{false};
   const unsigned forks_;
 };
 

@@ -4,7 +4,10 @@
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
+#include <system_error>
 #include <utility>
+
+#include "torch/deadline.h"
 
 namespace fastddp {
 namespace {
@@ -45,7 +48,8 @@ std::exception_ptr Outcome::error() const {
 
 bool Outcome::wait(std::chrono::milliseconds timeout) const {
   std::unique_lock lock(mutex_);
-  if (timeout.count() > 0) return changed_.wait_for(lock, timeout, [this] { return set_; });
+  if (timeout.count() > 0)
+    return changed_.wait_until(lock, deadline_in(timeout), [this] { return set_; });
   changed_.wait(lock, [this] { return set_; });
   return true;
 }
@@ -66,12 +70,12 @@ c10::intrusive_ptr<c10::ivalue::Future> Outcome::future(const std::vector<at::Te
 // ---- Turns -----------------------------------------------------------------------------
 
 void Turns::run(const Body& body) {
+  sweep();  // before the turn is taken: it may run a destructor that takes one
   {
     std::unique_lock lock(mutex_);
     const std::uint64_t turn = next_++;
     changed_.wait(lock, [&] { return now_ == turn; });
   }
-  sweep();
   try {
     body();
   } catch (...) {
@@ -90,15 +94,16 @@ void Turns::end_turn() {
 void Turns::submit(Body body, std::vector<at::Tensor> results, std::shared_ptr<Outcome> outcome) {
   sweep();
   const std::lock_guard lock(mutex_);
-  queue_.push_back({next_++, std::move(body), std::move(results), std::move(outcome)});
-  ensure_a_free_thread();
+  ensure_a_free_thread();  // first: it may throw
+  queue_.push_back({next_, std::move(body), std::move(results), std::move(outcome)});
+  ++next_;
   changed_.notify_all();
 }
 
 void Turns::ensure_a_free_thread() {
-  if (queue_.empty() || free_threads_ > 0) return;
-  ++free_threads_;
+  if (free_threads_ > 0) return;
   threads_.emplace_back([self = shared_from_this()] { self->work(); });
+  ++free_threads_;
 }
 
 bool Turns::idle() const {
@@ -124,7 +129,10 @@ void Turns::work() {
   while (true) {
     changed_.wait(lock,
                   [this] { return queue_.empty() ? stopping_ : queue_.front().turn == now_; });
-    if (queue_.empty()) return;
+    if (queue_.empty()) {
+      --free_threads_;
+      return;
+    }
     Job job = std::move(queue_.front());
     queue_.pop_front();
     lock.unlock();
@@ -142,13 +150,17 @@ void Turns::work() {
     lock.unlock();
     const bool has_future = outcome->set(error);
     lock.lock();
-    if (!has_future) continue;
-    --free_threads_;
-    ensure_a_free_thread();
-    lock.unlock();
-    outcome->complete();
-    lock.lock();
-    ++free_threads_;
+    if (has_future) {
+      --free_threads_;
+      try {
+        if (!queue_.empty()) ensure_a_free_thread();
+      } catch (const std::system_error&) {  // no more threads; what is queued waits for this one
+      }
+      lock.unlock();
+      outcome->complete();
+      lock.lock();
+      ++free_threads_;
+    }
     ended_.push_back({.outcome = std::move(outcome)});
   }
 }

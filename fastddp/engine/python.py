@@ -139,7 +139,6 @@ class PythonReducer:
         self._rank = group.rank()
         # Whether a collective that is waited for at once costs no switch of threads.
         self._runs_inline = _runs_inline(group, params)
-        self._schedule = Schedule()  # of the installed plan
         self._divisor = float(group.size())
         self._caps_bytes = list(caps_bytes)
         self._after_round: Callable[[], None] | None = None
@@ -152,7 +151,10 @@ class PythonReducer:
         # replaces or drops it.
         self._accumulated: dict[int, tuple[int, Any]] = {}
         self._expected = [1] * len(self._params)  # gradients per round: the most there have been
-        self._agreement: tuple[torch.Tensor, Work] | None = None
+        # What the ranks agree on between two rounds, on its way: the order of arrival in the first
+        # round, and how long rounds take.
+        self._order: tuple[torch.Tensor, Work] | None = None
+        self._timing: tuple[torch.Tensor, Work] | None = None
         self._order_is_learned = False
         self._counts_are_learned = False  # a round has ended well on this rank
         self._stats = RoundStats()
@@ -243,10 +245,9 @@ class PythonReducer:
     def _finish_round(self) -> None:
         current, self._round = self._round, None
         assert current is not None
-        order_is_settled = self._order_is_learned  # before this round
         try:
-            self._flush(current, waits=True)
             start = time.perf_counter()
+            self._flush(current, waits=True)
             for launch in range(len(current.waits)):
                 self._wait_for(current, launch)
             wait_us = (time.perf_counter() - start) * 1e6
@@ -261,8 +262,8 @@ class PythonReducer:
             wait_us_total=self._stats.wait_us_total + wait_us,
             overlaps=current.is_early,
         )
-        if order_is_settled and not current.is_shadow:
-            self._schedule.add((time.perf_counter() - current.begin) * 1e6)
+        if not current.is_shadow:
+            self._schedule.add(current.is_early, (time.perf_counter() - current.begin) * 1e6)
         if self._after_round is not None:
             self._after_round()
 
@@ -307,24 +308,33 @@ class PythonReducer:
 
     def _begin_round(self, is_shadow: bool = False) -> _Round:
         refuse_compiled_autograd()  # or gradients get lost without a word
-        if self._agreement is not None:
-            order, work = self._agreement
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise torch.distributed.DistBackendError(
-                    f"fastddp: rank {self._rank}: the broadcast of the order in which gradients"
-                    f" arrive failed: {error}"
-                ) from error
-            self._agreement = None
-            self._replan(order.tolist())
+        self._await_agreements()
         if not self._installed:
             self._install_plan()
         return _Round(
             is_shadow,
             missing=[len(bucket.slots) for bucket in self._plan.buckets],
-            is_early=not self._may_launch_late or self._schedule.is_early,
+            is_early=self._schedule.begin() or not self._may_launch_late,
         )
+
+    def _await_agreements(self) -> None:
+        if self._order is not None:
+            what = "the broadcast of the order in which gradients arrive"
+            order, self._order = self._agreed(*self._order, what), None
+            self._replan(order)
+        if self._timing is not None:
+            what = "the all-reduce of the times of rounds"
+            times, self._timing = self._agreed(*self._timing, what), None
+            self._schedule.decide(*times)
+
+    def _agreed(self, tensor: torch.Tensor, work: Work, what: str) -> list[Any]:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise torch.distributed.DistBackendError(
+                f"fastddp: rank {self._rank}: {what} failed: {error}"
+            ) from error
+        return tensor.tolist()
 
     @property
     def _may_launch_late(self) -> bool:
@@ -334,7 +344,6 @@ class PythonReducer:
         at_end_of_backward(lambda ok: self._finish_round() if ok else self._abandon_round())
 
     def _install_plan(self) -> None:
-        self._schedule = Schedule()
         self._places.clear()  # frees the old buckets before the new are allocated
         self._memory.clear()
         num_sparse = len(self._params) - self._num_dense
@@ -504,6 +513,8 @@ class PythonReducer:
             current.waits.append(self._start_all_reduce(self._loose_flags.flat))
         if not self._order_is_learned:
             self._agree_on_order(current)
+        if self._may_launch_late and self._schedule.is_due:
+            self._agree_on_schedule()
 
     def _is_accumulated(self, index: int, grad: torch.Tensor | None) -> bool:
         address, left = self._accumulated.get(index, (0, None))
@@ -517,8 +528,15 @@ class PythonReducer:
         rest = [index for index in slots if index not in current.taken]
         order = torch.tensor(current.arrival + rest, device=self._params[0].device)
         with without_context():
-            self._agreement = order, self._group().broadcast([order])
+            self._order = order, self._group().broadcast([order])
         self._order_is_learned = True
+
+    def _agree_on_schedule(self) -> None:
+        """Starts to add up the ranks' times; the next round begins with what they decide."""
+        best = [self._schedule.early_us, self._schedule.late_us]
+        times = torch.tensor(best, dtype=torch.float64)
+        with without_context():
+            self._timing = times, self._group().allreduce([times])
 
     def _wait_for(self, current: _Round, launch: int) -> None:
         try:
@@ -548,6 +566,7 @@ class PythonReducer:
     def _replan(self, order: Sequence[int]) -> None:
         align_bytes = SLOT_ALIGN_BYTES if self._hook is None else PACKED_ALIGN_BYTES
         plan = plan_buckets(self._specs, order, self._caps_bytes, align_bytes)
+        self._schedule = Schedule()  # here, where all ranks are in the same round
         if plan != self._plan:
             self._plan = plan
             self._installed = False
@@ -615,7 +634,10 @@ def _runs_inline(group: ProcessGroup, params: Sequence[torch.Tensor]) -> bool:
     """Returns whether it is our own backend, which then has the launching thread do the work."""
     if not params or params[0].device.type != "cpu":
         return False
-    return bool(group._get_backend(params[0].device).name() == "shm")
+    try:
+        return bool(group._get_backend(params[0].device).name() == "shm")
+    except RuntimeError:  # a group of the user's making, which has no backends
+        return False
 
 
 def _raise(error: BaseException) -> NoReturn:

@@ -1,8 +1,9 @@
 """When full buckets are launched: as they fill, or all at the end of backward.
 
 The former hides communication where a core is free for it; where every core computes it only adds
-switches between threads. The first rounds of a plan try both in turn, and the best of each decides.
-Each rank decides for itself: when a rank launches does not change what is reduced with what.
+switches between threads. The first rounds of a plan try both in turn, and in the round after them
+the ranks add up their best times: all have the same schedule in the same round, or collectives of
+another model, or of the user's, would come before a bucket on one rank and after it on another.
 ``csrc/core/schedule.h`` is the same in C++.
 """
 
@@ -17,23 +18,29 @@ class Schedule:
     """The choice for one plan."""
 
     def __init__(self) -> None:
-        self._rounds = 0
-        self._early_us = math.inf
-        self._late_us = math.inf
+        self._begun = 0
+        self._early = False
+        self.early_us = math.inf
+        self.late_us = math.inf
+
+    def begin(self) -> bool:
+        """Begins a round; returns whether it launches its buckets as they fill."""
+        nth = self._begun
+        self._begun += 1
+        return nth % 2 == 1 if nth < _TRIALS else self._early
+
+    def add(self, was_early: bool, round_us: float) -> None:
+        """Takes note of how long a round took that ended well."""
+        if was_early:
+            self.early_us = min(self.early_us, round_us)
+        else:
+            self.late_us = min(self.late_us, round_us)
 
     @property
-    def is_early(self) -> bool:
-        """Whether the next round launches its buckets as they fill."""
-        if self._rounds < _TRIALS:
-            return self._rounds % 2 == 1
-        return self._early_us < self._late_us
+    def is_due(self) -> bool:
+        """Whether the round under way is the one in which the ranks add up their best times."""
+        return self._begun == _TRIALS + 1
 
-    def add(self, round_us: float) -> None:
-        """Takes note of how long such a round took."""
-        if self._rounds == _TRIALS:
-            return
-        if self.is_early:
-            self._early_us = min(self._early_us, round_us)
-        else:
-            self._late_us = min(self._late_us, round_us)
-        self._rounds += 1
+    def decide(self, sum_early_us: float, sum_late_us: float) -> None:
+        """Keeps what took all ranks together less time."""
+        self._early = sum_early_us < sum_late_us

@@ -129,22 +129,27 @@ TEST(random_arrivals_launch_each_bucket_once_and_in_order) {
   }
 }
 
-TEST(schedules_try_both_in_turn_and_keep_the_faster) {
+TEST(schedules_try_both_in_turn_and_keep_what_all_find_faster) {
   for (const bool early_is_faster : {true, false}) {
     Schedule schedule;
-    int tried_early = 0;
-    int tried_late = 0;
-    while (!schedule.is_decided()) {
-      const bool early = schedule.is_early();
-      (early ? tried_early : tried_late)++;
+    int tried[2] = {0, 0};
+    for (int round = 0; round < 10; ++round) {
+      const bool early = schedule.begin();
+      CHECK(!schedule.is_due());
+      ++tried[early ? 1 : 0];
       // The first of each is slow, as first rounds are; noise is not what decides.
-      const bool first = (early ? tried_early : tried_late) == 1;
-      schedule.add((first ? 1000.0 : 10.0) + (early == early_is_faster ? 0.0 : 1.0));
+      const double noise = tried[early ? 1 : 0] == 1 ? 1000.0 : 10.0;
+      schedule.add(early, noise + (early == early_is_faster ? 0.0 : 1.0));
     }
-    CHECK(tried_early == 5 && tried_late == 5);
+    CHECK(tried[0] == 5 && tried[1] == 5);
+    CHECK(!schedule.begin());
+    CHECK(schedule.is_due());
+    CHECK((schedule.early_us() < schedule.late_us()) == early_is_faster);
+    schedule.decide(2 * schedule.early_us(), 2 * schedule.late_us());
     for (int i = 0; i < 20; ++i) {
-      CHECK(schedule.is_early() == early_is_faster);
-      schedule.add(early_is_faster ? 0.0 : 1e9);  // nothing is measured any more
+      CHECK(schedule.begin() == early_is_faster);
+      CHECK(!schedule.is_due());
+      schedule.add(early_is_faster, 1e9);
     }
   }
 }

@@ -114,11 +114,11 @@ TEST(ranks_that_differ_in_the_root_all_hear_of_it) {
       [](Rank& rank, float* data) {
         rank.collectives.broadcast({data, kNumel, Element::kFloat32}, 0, soon());
       },
-      "broadcast of 5000 float32, from rank 0",
+      "broadcast with root 0 of 5000 float32",
       [](Rank& rank, float* data) {
         rank.collectives.broadcast({data, kNumel, Element::kFloat32}, 1, soon());
       },
-      "broadcast of 5000 float32, from rank 1");
+      "broadcast with root 1 of 5000 float32");
 }
 
 TEST(one_that_hands_on_what_the_others_do_here_is_found_out) {

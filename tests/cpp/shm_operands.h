@@ -281,7 +281,7 @@ inline void random_collective(Rank& rank, std::mt19937& shared, std::mt19937& ow
     case 0:
       return rank.collectives.barrier(ranks::soon());
     case 1:
-      return rank.collectives.announce(fastddp::shm::Kind::kGather, ranks::soon());
+      return rank.collectives.announce(fastddp::shm::Kind::kGather, 0, ranks::soon());
     case 2:
       return broadcast(rank, what.element, numel, in_heap, seed, root);
     case 3:

@@ -129,15 +129,15 @@ def mismatches(n: int, ranks: int) -> list[Mismatch]:
             "root",
             broadcast(n, 0),
             broadcast(n, 1),
-            rf"rank 0 called broadcast of {n} float32, from rank 0, "
-            rf"rank \d called broadcast of {n} float32, from rank 1",
+            rf"rank 0 called broadcast with root 0 of {n} float32, "
+            rf"rank \d called broadcast with root 1 of {n} float32",
         ),
         Mismatch(
             "order",
             all_reduce(n),
             broadcast(n, 0),
             rf"rank 0 called all_reduce of {n} float32, sum, "
-            rf"rank \d called broadcast of {n} float32, from rank 0",
+            rf"rank \d called broadcast with root 0 of {n} float32",
         ),
         Mismatch(
             "gathered sizes",

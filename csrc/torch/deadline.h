@@ -1,0 +1,14 @@
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+
+namespace fastddp {
+
+// The end of a timeout that begins now. Some say "never" by the largest number there is.
+inline std::chrono::steady_clock::time_point deadline_in(std::chrono::milliseconds timeout) {
+  constexpr std::chrono::milliseconds kLongest = std::chrono::hours(24 * 365);
+  return std::chrono::steady_clock::now() + std::min(timeout, kLongest);
+}
+
+}  // namespace fastddp
