@@ -8,6 +8,7 @@
 #include "check.h"
 #include "core/plan.h"
 #include "core/schedule.h"
+#include "core/schedule.h"
 #include "core/tracker.h"
 
 using fastddp::BucketPlan;
