@@ -8,13 +8,13 @@
 #include "check.h"
 #include "core/plan.h"
 #include "core/schedule.h"
-#include "core/schedule.h"
 #include "core/tracker.h"
 
 using fastddp::BucketPlan;
 using fastddp::ParamSpec;
 using fastddp::plan_buckets;
 using fastddp::ReadyTracker;
+using fastddp::Schedule;
 using fastddp::SlotPlan;
 
 namespace {

@@ -1,4 +1,5 @@
 // What the collectives compute; ranks are threads.
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -126,32 +127,59 @@ TEST(sums_are_taken_in_the_order_of_the_ranks) {
   }
 }
 
+// Another host that has the same values as this one.
+class SameThere final : public fastddp::shm::CrossHosts {
+ public:
+  void compare(const fastddp::shm::Call& call) override { compared_ = call.numel; }
+  void start(void* data, std::size_t numel) override {
+    CHECK(++under_way_ <= 2);
+    crossed_ += numel;
+    for (std::size_t i = 0; i < numel; ++i) {
+      const float value = operands::load_as<float>(static_cast<char*>(data), i);
+      operands::store_as(static_cast<char*>(data), i, 2 * value);
+    }
+  }
+  void finish() override { CHECK(--under_way_ >= 0); }
+
+  std::uint64_t compared_ = 0;
+  std::size_t crossed_ = 0;
+  int under_way_ = 0;
+};
+
 TEST(an_all_reduce_across_hosts_crosses_each_element_once) {
-  for (const std::size_t ranks : {1u, 2u, 3u, 5u}) {
+  // Up to three pieces and a bit, so that pieces are staged in turn.
+  const std::vector<std::size_t> lengths{0, 1, 100, 5001, 3 * fastddp::shm::kPieceBytes / 4 + 5};
+  for (const std::size_t ranks : {1u, 2u, 3u}) {
     for (std::size_t lanes = 1; lanes <= ranks; ++lanes) {
-      check_none(run_threads(ranks, [&](Rank& rank) {
-        for (const std::size_t numel : {0u, 1u, 100u, 5001u}) {
-          for (const Reduction reduction : {Reduction::kSum, Reduction::kAvg}) {
-            operands::Buffer buffer(true, Element::kFloat32, numel);
-            buffer.fill(0, numel, {static_cast<double>(rank.me + 1)});
-            // The other host has the same values.
-            const auto cross = [](void* data, std::size_t count) {
-              for (std::size_t i = 0; i < count; ++i) {
-                const float value = operands::load_as<float>(static_cast<char*>(data), i);
-                operands::store_as(static_cast<char*>(data), i, 2 * value);
-              }
-            };
-            const auto all = static_cast<double>(2 * ranks);
-            rank.collectives.all_reduce_across(buffer.operand(), reduction, all, lanes, cross,
-                                               soon());
-            const double sum = static_cast<double>(ranks * (ranks + 1));
-            buffer.check(
-                0, numel,
-                {reduction == Reduction::kAvg ? static_cast<double>(static_cast<float>(sum / all))
-                                              : sum});
+      for (const std::size_t numel : lengths) {
+        std::atomic<std::size_t> crossed{0};
+        check_none(run_threads(ranks, [&](Rank& rank) {
+          auto& heap = fastddp::shm::Heap::mine();
+          void* const staging =
+              heap.allocate(fastddp::shm::kStagedPieces * fastddp::shm::kPieceBytes);
+          // In the heap on all ranks, on none, and on some.
+          for (const bool here : {true, false, rank.me % 2 == 0}) {
+            for (const Reduction reduction : {Reduction::kSum, Reduction::kAvg}) {
+              operands::Buffer buffer(here, Element::kFloat32, numel);
+              buffer.fill(0, numel, {static_cast<double>(rank.me + 1)});
+              SameThere there;
+              const auto all = static_cast<double>(2 * ranks);
+              rank.collectives.all_reduce_across(buffer.operand(), reduction, all, lanes, there,
+                                                 here ? nullptr : staging, soon());
+              CHECK(there.under_way_ == 0);
+              CHECK(there.compared_ == (rank.me < lanes ? numel : 0));
+              crossed += there.crossed_;
+              const double sum = static_cast<double>(ranks * (ranks + 1));
+              buffer.check(
+                  0, numel,
+                  {reduction == Reduction::kAvg ? static_cast<double>(static_cast<float>(sum / all))
+                                                : sum});
+            }
           }
-        }
-      }));
+          heap.free(staging);
+        }));
+        CHECK(crossed == 6 * numel);
+      }
     }
   }
 }
