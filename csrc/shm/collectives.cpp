@@ -1,9 +1,11 @@
 #include "shm/collectives.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
+#include "kernels/stream.h"
 #include "shm/error.h"
 #include "shm/heap.h"
 
@@ -108,35 +110,52 @@ void Collectives::all_reduce(const Operand& operand,
   group_.await_all(group_.advance());
 }
 
-// Each rank copies a chunk in and reduces the chunk before from all ranks' slots for itself.
+// Puts data into one of this rank's slots.
+void Collectives::stage(std::size_t slot, std::size_t at, const void* from, std::size_t bytes) {
+  char* const to = group_.slot(group_.me(), slot) + at;
+  if (bytes > kFewBytes) {
+    stream_copy(to, from, bytes);
+  } else {
+    copy(to, from, bytes);
+  }
+}
+
+// Has every chunk filled into a slot by this rank and, kLag chunks later, drained from all ranks'.
+template <typename Fill, typename Drain>
+void Collectives::go_in_chunks(std::size_t count, const Fill& fill, const Drain& drain) {
+  std::array<std::size_t, kSlots> slots{};
+  std::array<Time, kSlots> steps{};
+  for (std::size_t i = 0; i < count + kLag; ++i) {
+    if (i < count) {
+      slots[i % kSlots] = group_.claim_slot();
+      fill(i, slots[i % kSlots]);
+      steps[i % kSlots] = group_.advance();
+    }
+    if (i < kLag || i - kLag >= count) continue;
+    group_.await_all(steps[(i - kLag) % kSlots]);
+    drain(i - kLag, slots[(i - kLag) % kSlots]);
+  }
+}
+
+// Each rank copies chunks in and reduces them from all ranks' slots for itself.
 void Collectives::reduce_in_chunks(const Operand& operand, Reduce reduce, double divisor) {
   const std::size_t bytes = size_of(operand.element);
   const std::size_t chunk = kSlotBytes / bytes;
   const std::size_t count = num_chunks(operand.numel, chunk);
   char* const data = static_cast<char*>(operand.data);
   std::vector<const void*> sources(group_.size());
-  std::size_t slot_before = 0;
-  Time step_before = 0;
-  for (std::size_t i = 0; i <= count; ++i) {
-    std::size_t slot = 0;
-    Time step = 0;
-    if (i < count) {
-      const Range range = chunk_of(operand.numel, chunk, i);
-      slot = group_.claim_slot();
-      copy(group_.slot(group_.me(), slot), data + range.begin * bytes, range.size() * bytes);
-      step = group_.advance();
-    }
-    if (i > 0) {
-      const Range range = chunk_of(operand.numel, chunk, i - 1);
-      group_.await_all(step_before);
-      for (std::size_t k = 0; k < group_.size(); ++k) sources[k] = group_.slot(k, slot_before);
-      void* const destination = data + range.begin * bytes;
-      sources[group_.me()] = destination;  // the same values, still in the first-level cache
-      reduce(&destination, 1, sources.data(), sources.size(), range.size(), divisor);
-    }
-    slot_before = slot;
-    step_before = step;
-  }
+  const auto fill = [&](std::size_t i, std::size_t slot) {
+    const Range range = chunk_of(operand.numel, chunk, i);
+    stage(slot, 0, data + range.begin * bytes, range.size() * bytes);
+  };
+  const auto drain = [&](std::size_t i, std::size_t slot) {
+    const Range range = chunk_of(operand.numel, chunk, i);
+    for (std::size_t k = 0; k < group_.size(); ++k) sources[k] = group_.slot(k, slot);
+    void* const destination = data + range.begin * bytes;
+    sources[group_.me()] = destination;  // the same values
+    reduce(&destination, 1, sources.data(), sources.size(), range.size(), divisor);
+  };
+  go_in_chunks(count, fill, drain);
 }
 
 // Each rank copies a chunk in, reduces its share of the chunk before, and copies the one before
@@ -265,26 +284,15 @@ void Collectives::broadcast(const Operand& operand, int root, Deadline deadline)
       return;
     }
   }
-  const std::size_t count = num_chunks(bytes, kSlotBytes);
-  std::size_t slot_before = 0;
-  Time step_before = 0;
-  for (std::size_t i = 0; i <= count; ++i) {
-    std::size_t slot = 0;
-    Time step = 0;
-    if (i < count) {
-      const Range range = chunk_of(bytes, kSlotBytes, i);
-      slot = group_.claim_slot();
-      if (is_root) copy(group_.slot(from, slot), data + range.begin, range.size());
-      step = group_.advance();
-    }
-    if (i > 0) {
-      const Range range = chunk_of(bytes, kSlotBytes, i - 1);
-      group_.await_all(step_before);
-      if (!is_root) copy(data + range.begin, group_.slot(from, slot_before), range.size());
-    }
-    slot_before = slot;
-    step_before = step;
-  }
+  const auto fill = [&](std::size_t i, std::size_t slot) {
+    const Range range = chunk_of(bytes, kSlotBytes, i);
+    if (is_root) stage(slot, 0, data + range.begin, range.size());
+  };
+  const auto drain = [&](std::size_t i, std::size_t slot) {
+    const Range range = chunk_of(bytes, kSlotBytes, i);
+    if (!is_root) copy(data + range.begin, group_.slot(from, slot), range.size());
+  };
+  go_in_chunks(num_chunks(bytes, kSlotBytes), fill, drain);
 }
 
 void Collectives::all_gather(const Operand& input,
@@ -310,29 +318,17 @@ void Collectives::all_gather(const Operand& input,
     group_.await_all(group_.advance());
     return;
   }
-  const std::size_t count = num_chunks(bytes, kSlotBytes);
-  std::size_t slot_before = 0;
-  Time step_before = 0;
-  for (std::size_t i = 0; i <= count; ++i) {
-    std::size_t slot = 0;
-    Time step = 0;
-    if (i < count) {
-      const Range range = chunk_of(bytes, kSlotBytes, i);
-      slot = group_.claim_slot();
-      copy(group_.slot(group_.me(), slot), output(group_.me(), range.begin), range.size());
-      step = group_.advance();
+  const auto fill = [&](std::size_t i, std::size_t slot) {
+    const Range range = chunk_of(bytes, kSlotBytes, i);
+    stage(slot, 0, output(group_.me(), range.begin), range.size());
+  };
+  const auto drain = [&](std::size_t i, std::size_t slot) {
+    const Range range = chunk_of(bytes, kSlotBytes, i);
+    for (std::size_t k = 0; k < ranks; ++k) {
+      if (k != group_.me()) copy(output(k, range.begin), group_.slot(k, slot), range.size());
     }
-    if (i > 0) {
-      const Range range = chunk_of(bytes, kSlotBytes, i - 1);
-      group_.await_all(step_before);
-      for (std::size_t k = 0; k < ranks; ++k) {
-        if (k != group_.me())
-          copy(output(k, range.begin), group_.slot(k, slot_before), range.size());
-      }
-    }
-    slot_before = slot;
-    step_before = step;
-  }
+  };
+  go_in_chunks(num_chunks(bytes, kSlotBytes), fill, drain);
 }
 
 void Collectives::reduce_scatter(const Operand& output,
@@ -364,31 +360,20 @@ void Collectives::reduce_scatter(const Operand& output,
   const std::size_t element = size_of(output.element);
   const std::size_t part = kSlotBytes / ranks / kCacheLine * kCacheLine;  // of a slot, by receiver
   const std::size_t chunk = part / element;
-  const std::size_t count = num_chunks(output.numel, chunk);
-  std::size_t slot_before = 0;
-  Time step_before = 0;
-  for (std::size_t i = 0; i <= count; ++i) {
-    std::size_t slot = 0;
-    Time step = 0;
-    if (i < count) {
-      const Range range = chunk_of(output.numel, chunk, i);
-      slot = group_.claim_slot();
-      for (std::size_t k = 0; k < ranks; ++k) {
-        copy(group_.slot(group_.me(), slot) + k * part,
-             static_cast<const char*>(inputs[k]) + range.begin * element, range.size() * element);
-      }
-      step = group_.advance();
+  const auto fill = [&](std::size_t i, std::size_t slot) {
+    const Range range = chunk_of(output.numel, chunk, i);
+    for (std::size_t k = 0; k < ranks; ++k) {
+      stage(slot, k * part, static_cast<const char*>(inputs[k]) + range.begin * element,
+            range.size() * element);
     }
-    if (i > 0) {
-      const Range range = chunk_of(output.numel, chunk, i - 1);
-      group_.await_all(step_before);
-      for (std::size_t k = 0; k < ranks; ++k) sources[k] = group_.slot(k, slot_before) + me * part;
-      destination = data + range.begin * element;
-      reduce(&destination, 1, sources.data(), ranks, range.size(), divisor);
-    }
-    slot_before = slot;
-    step_before = step;
-  }
+  };
+  const auto drain = [&](std::size_t i, std::size_t slot) {
+    const Range range = chunk_of(output.numel, chunk, i);
+    for (std::size_t k = 0; k < ranks; ++k) sources[k] = group_.slot(k, slot) + me * part;
+    destination = data + range.begin * element;
+    reduce(&destination, 1, sources.data(), ranks, range.size(), divisor);
+  };
+  go_in_chunks(num_chunks(output.numel, chunk), fill, drain);
 }
 
 }  // namespace fastddp::shm

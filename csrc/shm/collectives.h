@@ -78,6 +78,9 @@ class Collectives {
 
  private:
   bool meet(std::size_t bytes);
+  void stage(std::size_t slot, std::size_t at, const void* from, std::size_t bytes);
+  template <typename Fill, typename Drain>
+  void go_in_chunks(std::size_t count, const Fill& fill, const Drain& drain);
   void reduce_in_chunks(const Operand& operand, Reduce reduce, double divisor);
   void reduce_in_shares(const Operand& operand, Reduce reduce, double divisor);
 

@@ -181,7 +181,7 @@ std::size_t Group::claim_slot() {
   for (std::size_t i = 0; i < size(); ++i) {
     if (i != me_) await(i, free_at_[slot]);
   }
-  free_at_[slot] = now_ + 3;
+  free_at_[slot] = now_ + kLag + 2;
   next_slot_ = (slot + 1) % kSlots;
   return slot;
 }

@@ -70,7 +70,7 @@ class Group {
   void check_current() const;
 
   // The next slot, once nobody reads it any more; the same one on every rank. It may be read up to
-  // the end of the second step after the one that is now under way.
+  // the end of step kLag + 1 after the one that is now under way.
   std::size_t claim_slot();
   char* slot(std::size_t index, std::size_t which) const { return layout_.slot(index, which); }
 

@@ -94,9 +94,12 @@ struct Header {
   Verdict verdict;
 };
 
-// Four: one is filled, one is reduced and one is read while ranks are a step apart, and one is
-// free. Small enough for all of them to stay in a core's second-level cache.
-constexpr std::size_t kSlots = 4;
+// How many chunks after it was filled a slot is read: the ranks may be so far apart.
+constexpr std::size_t kLag = 1;
+
+// A slot is free again once all have ended the step after the one in which it was read. Small
+// enough for all of them to stay in a core's second-level cache.
+constexpr std::size_t kSlots = kLag + 3;
 constexpr std::size_t kSlotBytes = std::size_t{128} << 10;
 
 // The segment's parts, by address.

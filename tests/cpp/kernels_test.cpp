@@ -1,12 +1,15 @@
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <vector>
 
 #include "check.h"
 #include "core/half.h"
 #include "kernels/flatten.h"
+#include "kernels/stream.h"
 
 using fastddp::BFloat16;
 using fastddp::DType;
@@ -74,6 +77,20 @@ TEST(adding_rounds_the_product_before_the_sum) {
   const std::uint16_t brain_value = fastddp::to_bfloat16(3.0f).bits;
   scale_add(DType::kBFloat16, &brain_sum, &brain_value, 1, 1.0 / 3);
   CHECK(fastddp::to_float(BFloat16{brain_sum}) == 2.0f);
+}
+
+TEST(a_stream_copy_copies_every_byte_and_no_other) {
+  alignas(64) static char to[1024];
+  std::vector<char> from(1024);
+  for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<char>(i * 7 + 1);
+  for (const std::size_t bytes : {0u, 1u, 63u, 64u, 65u, 127u, 128u, 500u, 1000u}) {
+    for (const std::size_t at : {0u, 1u, 13u}) {
+      std::fill(std::begin(to), std::end(to), '?');
+      fastddp::stream_copy(to, from.data() + at, bytes);
+      CHECK(std::equal(to, to + bytes, from.data() + at));
+      CHECK(std::all_of(to + bytes, to + 1024, [](char c) { return c == '?'; }));
+    }
+  }
 }
 
 int main() { return check::run(); }
