@@ -173,7 +173,7 @@ void Collectives::reduce_in_shares(const Operand& operand, Reduce reduce, double
     if (i < count) {
       const Range range = chunk_of(operand.numel, chunk, i);
       slots.push_back(group_.claim_slot());
-      copy(group_.slot(group_.me(), slots[i]), data + range.begin * bytes, range.size() * bytes);
+      stage(slots[i], 0, data + range.begin * bytes, range.size() * bytes);
     }
     if (i > 0) group_.await_all(step_before);
     if (i > 0 && i <= count) {
