@@ -89,7 +89,7 @@ def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
     if type(group) is not ProcessGroup:  # a class of the user's, which has its own collectives
         return None
     inner = group._get_backend(_CPU)
-    if not isinstance(inner, dist.ProcessGroupGloo):
+    if not (dist.is_gloo_available() and isinstance(inner, dist.ProcessGroupGloo)):
         return None
     timeout: timedelta = inner.options._timeout
     store = group.get_group_store()
