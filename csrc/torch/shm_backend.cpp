@@ -356,6 +356,11 @@ void ShmBackend::shutdown() {
   turns_->sweep();
 }
 
+bool ShmBackend::is_idle() const {
+  // First, since another thread may have held a lock at the fork.
+  return forks_ != count_forks() || turns_->idle();
+}
+
 void ShmBackend::abort() {
   check_usable();
   group_->abort("rank " + std::to_string(getRank()) + " has aborted the group");

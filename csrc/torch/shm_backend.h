@@ -55,8 +55,8 @@ class ShmBackend final : public c10d::Backend {
   const c10::intrusive_ptr<c10d::Backend>& inner() const { return inner_; }
   bool spans_hosts() const { return static_cast<int>(group_->size()) != getSize(); }
 
-  // Whether no collective is under way.
-  bool is_idle() const { return turns_->idle(); }
+  // Whether no collective is under way; in a forked child none is.
+  bool is_idle() const;
 
   const std::string getBackendName() const override { return "shm"; }
   c10::intrusive_ptr<Options> getBackendOptions() override;
