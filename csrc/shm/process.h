@@ -14,8 +14,6 @@ class Process {
   // Throws Error if there is no such process.
   explicit Process(pid_t pid);
 
-  pid_t pid() const { return pid_; }
-
   bool ended() const;
 
   // "was killed by signal 9 (Killed)", "exited with status 1", "is stopped", ... For messages.

@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "torch/dtype.h"
+#include "torch/error_text.h"
 #include "torch/slot.h"
 
 namespace fastddp {
@@ -292,12 +293,9 @@ void Reducer::await_agreements() {
   const auto take = [this](std::optional<Agreement>& agreement, const char* what) {
     try {
       agreement->work->wait();
-    } catch (const c10::Error& error) {
-      TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": ", what,
-                       " failed: ", error.what_without_backtrace());
     } catch (const std::exception& error) {
       TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": ", what,
-                       " failed: ", error.what());
+                       " failed: ", text_of(error));
     }
     const at::Tensor result = agreement->tensors.front().cpu();
     agreement.reset();
@@ -527,12 +525,9 @@ void Reducer::agree_on_schedule() {
 void Reducer::wait_for(std::size_t launch) {
   try {
     round_->waits[launch]();
-  } catch (const c10::Error& error) {
-    TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": the all-reduce of ",
-                     describe(launch), " failed: ", error.what_without_backtrace());
   } catch (const std::exception& error) {
     TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", rank_, ": the all-reduce of ",
-                     describe(launch), " failed: ", error.what());
+                     describe(launch), " failed: ", text_of(error));
   }
 }
 

@@ -14,6 +14,7 @@
 #include "shm/error.h"
 #include "shm/heap.h"
 #include "torch/deadline.h"
+#include "torch/error_text.h"
 
 namespace fastddp {
 namespace {
@@ -90,10 +91,14 @@ std::optional<Reduction> reduction_of(const ReduceOp& op) {
   }
 }
 
-// What an exception says, without the C++ frames that torch adds.
-std::string text_of(const std::exception& error) {
-  const auto* const of_torch = dynamic_cast<const c10::Error*>(&error);
-  return of_torch != nullptr ? of_torch->what_without_backtrace() : error.what();
+// Calls `body`, and has what the shared memory throws arrive as torch's exception.
+template <typename Body>
+void as_torch_error(const Body& body) {
+  try {
+    body();
+  } catch (const shm::Error& error) {
+    TORCH_CHECK_WITH(DistBackendError, false, error.what());
+  }
 }
 
 // Threads are joined that may want the GIL, by whoever drops the last reference; that may hold it.
@@ -435,13 +440,8 @@ c10::intrusive_ptr<c10d::Work> ShmBackend::start(OpType type,
 template <typename Start>
 c10::intrusive_ptr<c10d::Work> ShmBackend::hand_on(shm::Kind kind, Start start, std::int64_t root) {
   announce(kind, root);
-  return c10::make_intrusive<HandedWork>(start(), [group = group_] {
-    try {
-      group->check();
-    } catch (const shm::Error& error) {
-      TORCH_CHECK_WITH(DistBackendError, false, error.what());
-    }
-  });
+  return c10::make_intrusive<HandedWork>(
+      start(), [group = group_] { as_torch_error([&] { group->check(); }); });
 }
 
 void ShmBackend::announce(shm::Kind kind, std::int64_t root) {
@@ -454,11 +454,7 @@ void ShmBackend::announce(shm::Kind kind, std::int64_t root) {
     turns_->submit(body, {});
     return;
   }
-  try {
-    turns_->run(body);
-  } catch (const shm::Error& error) {
-    TORCH_CHECK_WITH(DistBackendError, false, error.what());
-  }
+  as_torch_error([&] { turns_->run(body); });
 }
 
 // ---- all_reduce ------------------------------------------------------------------------
