@@ -5,8 +5,10 @@ Everything else about the package is in pyproject.toml. The environment decides 
 FASTDDP_BUILD=auto      (default) try; on failure install without the extension and record why
 FASTDDP_BUILD=require   a failed or impossible build is an error
 FASTDDP_BUILD=0         pure Python
-FASTDDP_CUDA=0|1        default: on when torch has CUDA, nvcc's major version matches it, and there
-                        are kernels to compile
+FASTDDP_CUDA=auto       (default) CUDA kernels when torch is a CUDA build and an nvcc of its major
+                        version is found; else none, and why is recorded
+FASTDDP_CUDA=1          their absence is an error
+FASTDDP_CUDA=0          none
 TORCH_CUDA_ARCH_LIST    default: DEFAULT_ARCHS (torch's own default asks a visible GPU)
 
 The extension only works with the torch it was compiled against. That is why torch is not a build
@@ -28,6 +30,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
@@ -44,11 +47,11 @@ CUDA_SOURCES = ("csrc/kernels/*.cu",)
 DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # Bit equality with torch: no fused multiply-add where the source has a multiply and an add.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
-NVCC_FLAGS = ["-O3", "-lineinfo", "-fmad=false"]
+NVCC_FLAGS = ["-O3", "-lineinfo", "-fmad=false", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"]
 
 
 class CannotBuildError(Exception):
-    """Why there can be no extension here; ends with what to do before building again."""
+    """Why something cannot be built here; ends with what to do before building again."""
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Record:
     ARCHS: str | None = None
     COMPILER: str | None = None
     FAILED: str | None = "the build did not finish"
+    NO_CUDA: str | None = None
+    """Why there are no CUDA kernels although torch is a CUDA build."""
 
     def write(self, package: Path) -> None:
         lines = "".join(f"{name} = {value!r}\n" for name, value in asdict(self).items())
@@ -114,39 +119,58 @@ def first_line(*command: str) -> str:
     return output.partition("\n")[0]
 
 
-def find_cuda(torch_cuda: str | None, kernels: list[str]) -> str | None:
-    """Returns the CUDA toolkit's folder if kernels are to be compiled with it, else None."""
-    wanted = setting("FASTDDP_CUDA", "auto", "0", "1")
-    if wanted == "0":
-        return None
-    try:
-        if torch_cuda is None:
-            raise CannotBuildError("the installed torch is a CPU build; install a CUDA build of it")
-        if not kernels:
-            raise CannotBuildError("there is no .cu file in csrc/kernels; leave FASTDDP_CUDA unset")
-        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-        nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
-        if nvcc is None:
-            raise CannotBuildError("nvcc was not found; install the CUDA toolkit or set CUDA_HOME")
-        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"release (\d+)\.", version)
-        major = release.group(1) if release else "unknown"
-        if major != torch_cuda.partition(".")[0]:
-            raise CannotBuildError(
-                f"nvcc {nvcc} is of CUDA {major} and torch of CUDA {torch_cuda};"
-                " set CUDA_HOME to a toolkit with torch's major version"
-            )
-    except CannotBuildError as error:
-        if wanted == "1":
-            raise SystemExit(f"fastddp: FASTDDP_CUDA=1, but {error}") from None
-        return None
+class Toolkit(NamedTuple):
+    """The CUDA toolkit to compile with: its folder, and its version, such as ``13.0``."""
+
+    home: str
+    release: str
+
+
+def find_cuda(torch_cuda: str | None, kernels: list[str]) -> Toolkit:
+    """Finds a CUDA toolkit of the major version that torch was built with."""
+    if torch_cuda is None:
+        raise CannotBuildError("the installed torch is no CUDA build; install one that is")
+    if not kernels:
+        raise CannotBuildError("there is no .cu file in csrc/kernels; get the complete source tree")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        raise CannotBuildError(
+            f"nvcc was not found; install the toolkit of CUDA {torch_cuda} or set CUDA_HOME to it"
+        )
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    major, release = (found[1], f"{found[1]}.{found[2]}") if found else (None, "unknown")
+    if major != torch_cuda.partition(".")[0]:
+        raise CannotBuildError(
+            f"nvcc ({nvcc}) is of CUDA {release} and torch of CUDA {torch_cuda};"
+            " set CUDA_HOME to a toolkit with torch's major version"
+        )
     # Ask nvcc where it lives: a wrapper or link on PATH misleads torch's own guess.
     dry = subprocess.run(
         [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
     )
     top = re.search(r"^#\$ TOP=(.+)$", dry.stderr + dry.stdout, re.MULTILINE)
-    return os.path.realpath(top.group(1).strip() if top else Path(nvcc).resolve().parent.parent)
+    home = os.path.realpath(top[1].strip() if top else Path(nvcc).resolve().parent.parent)
+    return Toolkit(home, release)
+
+
+def choose_cuda(torch_cuda: str | None, kernels: list[str], record: Record) -> Toolkit | None:
+    """Returns the toolkit to compile the kernels with, or None; the record then says why."""
+    wanted = setting("FASTDDP_CUDA", "auto", "0", "1")
+    if wanted == "0":
+        why = "FASTDDP_CUDA=0 asked for none; unset it"
+    else:
+        try:
+            return find_cuda(torch_cuda, kernels)
+        except CannotBuildError as error:
+            why = str(error)
+        if wanted == "1":
+            raise SystemExit(f"fastddp: FASTDDP_CUDA=1, but {why}")
+    if torch_cuda is not None:  # nobody misses them in a CPU build
+        record.NO_CUDA = why
+    return None
 
 
 def sources(*patterns: str) -> list[str]:
@@ -162,17 +186,19 @@ def describe_extension(record: Record) -> Extension:
         raise CannotBuildError("there is no C++ source under csrc/; get the complete source tree")
     torch = find_torch()
     compiler = find_compiler()
-    cuda_home = find_cuda(torch.version.cuda, cu)
+    toolkit = choose_cuda(torch.version.cuda, cu, record)
     record.TORCH = str(torch.__version__)
     record.COMPILER = first_line(*shlex.split(compiler), "--version")
     includes = [str(HERE / "csrc")]
-    if cuda_home is None:
+    if toolkit is None:
         from torch.utils.cpp_extension import CppExtension
 
         return CppExtension("fastddp._C", cpp, include_dirs=includes, extra_compile_args=CXX_FLAGS)
 
-    os.environ["CUDA_HOME"] = cuda_home  # read when torch.utils.cpp_extension is imported
-    record.CUDA = torch.version.cuda
+    os.environ["CUDA_HOME"] = toolkit.home  # read when torch.utils.cpp_extension is imported
+    if len(shlex.split(compiler)) == 1:  # nvcc takes no `ccache g++` for the host's part
+        os.environ.setdefault("NVCC_CCBIN", compiler)
+    record.CUDA = toolkit.release
     record.ARCHS = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     from torch.utils.cpp_extension import CUDAExtension
 
@@ -182,7 +208,7 @@ def describe_extension(record: Record) -> Extension:
     return CUDAExtension(
         "fastddp._C",
         cpp + cu,
-        include_dirs=[*includes, f"{cuda_home}/include", *wheels],
+        include_dirs=[*includes, f"{toolkit.home}/include", *wheels],
         define_macros=[("FASTDDP_CUDA", "1")],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
@@ -215,15 +241,17 @@ def build_ext_command(record: Record, required: bool) -> type:
             try:
                 super().run()
                 record.FAILED = None
+                if record.NO_CUDA is not None:
+                    announce("CUDA kernels", record.NO_CUDA)
             except Exception as error:  # ninja, distutils and a missing tool raise unrelated types
                 if required:
                     raise
                 what = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
                 record.FAILED = (
                     f"compiling failed ({what}); see the compiler's output with `pip install -v`"
-                    " and fix what it names"
+                    " and fix what it names" + (" or set FASTDDP_CUDA=0" if record.CUDA else "")
                 )
-                announce(record.FAILED)
+                announce("compiled extension", record.FAILED)
                 self.inplace, self.extensions, self.distribution.ext_modules = inplace, [], []
                 for stale in package.glob("_C.*.so"):
                     stale.unlink()
@@ -240,14 +268,14 @@ def build_py_command(record: Record, pure: bool) -> type:
             super().run()
             if pure:
                 record.write((HERE if self.editable_mode else Path(self.build_lib)) / "fastddp")
-                announce(record.FAILED)
+                announce("compiled extension", record.FAILED)
 
     return BuildPy
 
 
-def announce(reason: str | None) -> None:
+def announce(missing: str, reason: str | None) -> None:
     bar = "*" * 78
-    text = f"fastddp is installed WITHOUT its compiled extension: {reason}"
+    text = f"fastddp is installed WITHOUT its {missing}: {reason}"
     print(f"\n{bar}\n{text}\n{bar}\n", file=sys.stderr, flush=True)
 
 

@@ -24,6 +24,8 @@ class BuildInfo(NamedTuple):
     archs: str | None
     compiler: str | None
     failed: str | None
+    no_cuda: str | None = None
+    """Why there are no CUDA kernels although torch is a CUDA build."""
 
 
 def build_info() -> BuildInfo | None:
@@ -32,7 +34,8 @@ def build_info() -> BuildInfo | None:
         module = importlib.import_module("fastddp._build_info")
     except ModuleNotFoundError:
         return None
-    return BuildInfo(module.TORCH, module.CUDA, module.ARCHS, module.COMPILER, module.FAILED)
+    # A source tree built before a name was added to the record lacks that name.
+    return BuildInfo(*(getattr(module, name.upper(), None) for name in BuildInfo._fields))
 
 
 def load() -> ModuleType | None:

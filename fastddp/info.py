@@ -33,6 +33,8 @@ class Info:
     extension: str | None
     """What the extension was compiled for and with, or None where it is not used."""
     why_no_extension: str | None
+    cuda_kernels: str
+    """What they were compiled for and with, or ``none`` and why."""
     engines: tuple[str, ...]
     backends: tuple[str, ...]
     """The c10d backends that this torch carries."""
@@ -47,6 +49,7 @@ class Info:
         rows = {
             "torch": self.torch,
             "extension": self.extension or f"not used: {self.why_no_extension}",
+            "CUDA kernels": self.cuda_kernels,
             "engines": ", ".join(self.engines),
             "c10d backends": ", ".join(self.backends) or "none",
             "CUDA devices": self.cuda_devices,
@@ -77,6 +80,7 @@ def info() -> Info:
         torch=str(torch.__version__),
         extension=_extension(),
         why_no_extension=extension.why_not(),
+        cuda_kernels=_cuda_kernels(),
         engines=("native", "python") if extension.load() else ("python",),
         backends=_backends(),
         cuda_devices=torch.cuda.device_count(),
@@ -91,8 +95,18 @@ def _extension() -> str | None:
     built = extension.build_info()
     if extension.load() is None or built is None:
         return None
-    cuda = f"CUDA {built.cuda} ({built.archs})" if built.cuda else "no CUDA kernels"
-    return f"built for torch {built.torch}, {cuda}, by {built.compiler}"
+    return f"built for torch {built.torch}, by {built.compiler}"
+
+
+def _cuda_kernels() -> str:
+    built = extension.build_info()
+    if extension.load() is None or built is None:
+        return "none: there is no extension"
+    if built.cuda is not None:
+        return f"built with CUDA {built.cuda} for {built.archs}"
+    if built.no_cuda is not None:
+        return f"none: {built.no_cuda}, then {extension.BUILD}"
+    return "none: torch is no CUDA build" if torch.version.cuda is None else "none"
 
 
 def _backends() -> tuple[str, ...]:

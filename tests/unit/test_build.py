@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -139,48 +140,68 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     program.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.delenv("FASTDDP_CUDA", raising=False)
     return tmp_path / "really" / "here"
 
 
 @pytest.mark.parametrize(
     ("torch_cuda", "kernels", "why"),
     [
-        (None, ["k.cu"], "torch is a CPU build"),
-        ("12.8", [], r"no \.cu file"),
-        ("13.0", ["k.cu"], r"nvcc .* is of CUDA 12 and torch of CUDA 13\.0"),
+        ("12.8", [], r"there is no \.cu file in csrc/kernels; get"),
+        ("13.0", ["k.cu"], r"nvcc \(.*\) is of CUDA 12\.8 and torch of CUDA 13\.0; set CUDA_HOME"),
     ],
 )
 @pytest.mark.usefixtures("nvcc")
-def test_impossible_cuda_is_an_error_only_when_asked_for(
+def test_impossible_cuda_is_recorded_or_an_error_when_asked_for(
     build: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
-    torch_cuda: str | None,
+    torch_cuda: str,
     kernels: list[str],
     why: str,
 ) -> None:
-    monkeypatch.delenv("FASTDDP_CUDA", raising=False)
-    assert build.find_cuda(torch_cuda, kernels) is None
+    record = build.Record()
+    assert build.choose_cuda(torch_cuda, kernels, record) is None
+    assert re.match(why, record.NO_CUDA)
     monkeypatch.setenv("FASTDDP_CUDA", "1")
-    with pytest.raises(SystemExit, match=f"FASTDDP_CUDA=1, but .*{why}"):
-        build.find_cuda(torch_cuda, kernels)
+    with pytest.raises(SystemExit, match=f"FASTDDP_CUDA=1, but {why}"):
+        build.choose_cuda(torch_cuda, kernels, record)
 
 
-def test_cuda_without_nvcc_is_an_error_when_asked_for(
+@pytest.mark.usefixtures("nvcc")
+def test_cuda_is_not_missed_in_a_cpu_build_of_torch(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = build.Record()
+    assert build.choose_cuda(None, ["k.cu"], record) is None
+    assert record.NO_CUDA is None
+    monkeypatch.setenv("FASTDDP_CUDA", "1")
+    with pytest.raises(SystemExit, match="torch is no CUDA build; install one"):
+        build.choose_cuda(None, ["k.cu"], record)
+
+
+def test_cuda_without_nvcc_is_recorded_or_an_error_when_asked_for(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
+    monkeypatch.delenv("FASTDDP_CUDA", raising=False)
+    record = build.Record()
+    assert build.choose_cuda("13.0", ["k.cu"], record) is None
+    assert record.NO_CUDA.startswith("nvcc was not found; install the toolkit of CUDA 13.0")
     monkeypatch.setenv("FASTDDP_CUDA", "1")
     with pytest.raises(SystemExit, match="nvcc was not found"):
-        build.find_cuda("13.0", ["k.cu"])
+        build.choose_cuda("13.0", ["k.cu"], record)
 
 
 def test_the_toolkit_is_where_nvcc_says_it_is(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, nvcc: Path
 ) -> None:
-    monkeypatch.delenv("FASTDDP_CUDA", raising=False)
-    assert build.find_cuda("12.6", ["k.cu"]) == str(nvcc)
+    record = build.Record()
+    # Another minor version will do.
+    assert build.choose_cuda("12.6", ["k.cu"], record) == (str(nvcc), "12.8")
+    assert record.NO_CUDA is None
     monkeypatch.setenv("FASTDDP_CUDA", "0")
-    assert build.find_cuda("12.6", ["k.cu"]) is None
+    assert build.choose_cuda("12.6", ["k.cu"], record) is None
+    assert record.NO_CUDA == "FASTDDP_CUDA=0 asked for none; unset it"
 
 
 # ---- the record, and what the package makes of it ----
@@ -190,8 +211,15 @@ def test_the_record_is_read_back(build: ModuleType, tmp_path: Path) -> None:
     record = build.Record(TORCH="2.13.0", COMPILER='g++ "12"', FAILED="it's\nlong")
     record.write(tmp_path)
     read = runpy.run_path(str(tmp_path / "_build_info.py"))
-    names = ("TORCH", "CUDA", "ARCHS", "COMPILER", "FAILED")
-    assert [read[name] for name in names] == ["2.13.0", None, None, 'g++ "12"', "it's\nlong"]
+    names = [name.upper() for name in BuildInfo._fields]
+    assert [read[name] for name in names] == ["2.13.0", None, None, 'g++ "12"', "it's\nlong", None]
+
+
+def test_the_record_of_an_older_source_tree_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = ModuleType("fastddp._build_info")
+    older.TORCH, older.FAILED = "2.13.0", "no g++"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, older.__name__, older)
+    assert extension.build_info() == BuildInfo("2.13.0", None, None, None, "no g++", None)
 
 
 @pytest.fixture
@@ -329,3 +357,22 @@ def test_a_pure_install_leaves_an_earlier_build_behind(tree: Path) -> None:
     assert "FASTDDP_BUILD=0" in str(recorded(tree)["FAILED"])
     assert (tree / "site/fastddp/py.typed").exists()
     assert (tree / "site/fastddp/_C.pyi").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is no CUDA build")
+@pytest.mark.usefixtures("nvcc")
+def test_another_cuda_than_torchs_installs_without_kernels_and_says_so(tree: Path) -> None:
+    assert not str(torch.version.cuda).startswith("12."), "the posing nvcc must be of another"
+    (tree / "csrc/kernels").mkdir()
+    (tree / "csrc/kernels/kernel.cu").write_text("__global__ void kernel() {}\n")
+    done = install(tree, FASTDDP_BUILD="require")
+    assert done.returncode == 0, done.stdout
+    assert (done.stdout + done.stderr).count("installed WITHOUT its CUDA kernels") == 1
+    assert "is of CUDA 12.8 and torch of CUDA" in str(recorded(tree)["NO_CUDA"])
+    assert run_installed(tree, "import fastddp.extension as e; print(e.load().answer)") == "42"
+
+    done = install(tree, FASTDDP_CUDA="1")
+    assert done.returncode != 0
+    assert "FASTDDP_CUDA=1, but nvcc" in done.stdout + done.stderr

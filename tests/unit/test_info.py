@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fastddp import extension, info, launch
+from fastddp.extension import BuildInfo
 from fastddp.version import __version__
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -57,6 +58,26 @@ def test_an_extension_is_either_described_or_explained() -> None:
         assert found.engines == ("native", "python")
         assert f"torch {torch.__version__}" in str(found.extension)
         assert found.why_no_extension is None
+
+
+@pytest.mark.parametrize(
+    ("cuda", "why", "reported"),
+    [
+        ("13.0", None, "CUDA kernels   built with CUDA 13.0 for 9.0"),
+        (
+            None,
+            "nvcc was not found; install it",
+            "CUDA kernels   none: nvcc was not found; install it, ",
+        ),
+    ],
+)
+def test_cuda_kernels_are_either_described_or_explained(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, why: str | None, reported: str
+) -> None:
+    built = BuildInfo(str(torch.__version__), cuda, "9.0", "g++", None, why)
+    monkeypatch.setattr(extension, "build_info", lambda: built)
+    monkeypatch.setattr(extension, "_find", lambda: (extension, None))
+    assert reported in str(info())
 
 
 @pytest.mark.usefixtures("no_extension")
