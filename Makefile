@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# For the targets that need CUDA: an environment of its own, with a CUDA build of torch, as PyPI's
+# for Linux are. nvcc has to be of the same major version.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
 JOBS ?= $(shell nproc)
 DEMO_ARGS ?=
 TEST_ARGS ?=
@@ -11,11 +15,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A stamp per torch, so that another TORCH reinstalls and recompiles.
 TORCH_STAMP := $(VENV)/.have-$(subst /,_,$(subst =,_,$(TORCH)))
-CXX_FILES := $(wildcard csrc/*/* tests/cpp/* benchmarks/csrc/*)
+CXX_FILES := $(wildcard csrc/*/* tests/cpp/* tests/cuda/* benchmarks/csrc/*)
 CMAKE := $(or $(shell command -v cmake),$(abspath $(BIN))/cmake)
 CTEST := $(dir $(CMAKE))ctest
 
 .PHONY: help demo test test-clients build lint format cpp-test san bench bench-allreduce bench-hosts clean
+.PHONY: build-cuda cuda-check test-gpu bench-gpu
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
@@ -69,9 +74,26 @@ bench-allreduce: $(VENV)/.built  ## measure an all-reduce against gloo, and MPI 
 bench-hosts: $(VENV)/.built  ## measure two hosts over a 1 Gbit/s link of namespaces; needs root
 	$(BIN)/python -m benchmarks.hosts $(BENCH_ARGS)
 
-clean:  ## remove what was built, but not $(VENV)
+build-cuda:  ## install the package with its CUDA kernels into $(CUDA_VENV)
+	FASTDDP_BUILD=require FASTDDP_CUDA=1 $(MAKE) build VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)"
+
+cuda-check:  ## build with CUDA elsewhere and check what needs no GPU, unless these sources passed
+	.ci/cuda
+
+# Without a GPU all tests would be skipped, and that would pass.
+need_gpu = $(CUDA_VENV)/bin/python -c \
+  "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no GPU; $@ needs one')"
+
+test-gpu: build-cuda  ## run the tests that need a GPU
+	@$(need_gpu)
+	FASTDDP_REQUIRE_NATIVE=1 $(CUDA_VENV)/bin/python -m pytest -m gpu -rs $(TEST_ARGS)
+
+bench-gpu: build-cuda  ## measure against torch's DDP on the GPUs of this machine
+	@$(need_gpu)
+	$(CUDA_VENV)/bin/python -m benchmarks.gpu $(BENCH_ARGS)
+
+clean:  ## remove what was built, but no environment
 	rm -rf build dist *.egg-info fastddp/_build_info.py fastddp/_C.*.so
-	rm -f $(VENV)/.built $(VENV)/.dev $(VENV)/.clients
 
 comma := ,
 
@@ -82,8 +104,15 @@ $(TORCH_STAMP): | $(BIN)/python
 	$(PIP) "$(TORCH)" "setuptools>=77.0.3" ninja
 	@touch $@
 
+# The source tree holds one extension: that of the environment it was last built for.
+BUILT_FOR := build/.built-for
+ifneq ($(shell cat $(BUILT_FOR) 2> /dev/null),$(abspath $(VENV)))
+.PHONY: $(VENV)/.built
+endif
+
 $(VENV)/.built: $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PIP) --no-build-isolation --editable ".[test,examples]"
+	@mkdir -p build && echo "$(abspath $(VENV))" > $(BUILT_FOR)
 	@touch $@
 
 $(VENV)/.clients: $(VENV)/.built
