@@ -9,7 +9,7 @@ FASTDDP_CUDA=auto       (default) CUDA kernels when torch is a CUDA build and an
                         version is found; else none, and why is recorded
 FASTDDP_CUDA=1          their absence is an error
 FASTDDP_CUDA=0          none
-TORCH_CUDA_ARCH_LIST    default: DEFAULT_ARCHS (torch's own default asks a visible GPU)
+TORCH_CUDA_ARCH_LIST    default: those of ARCHS that nvcc knows (torch would ask a visible GPU)
 
 The extension only works with the torch it was compiled against. That is why torch is not a build
 requirement (pip would fetch another one into its build environment) and why its version is recorded
@@ -44,7 +44,7 @@ CXX_SOURCES = (
     "csrc/bind/*.cpp",
 )
 CUDA_SOURCES = ("csrc/kernels/*.cu",)
-DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # Bit equality with torch: no fused multiply-add where the source has a multiply and an add.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "-fmad=false", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"]
@@ -114,16 +114,20 @@ def find_compiler() -> str:
     return command
 
 
-def first_line(*command: str) -> str:
-    output = subprocess.run(command, capture_output=True, text=True).stdout
-    return output.partition("\n")[0]
+def output(*command: str) -> str:
+    """Returns what a command prints, to either stream."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.stdout
 
 
 class Toolkit(NamedTuple):
-    """The CUDA toolkit to compile with: its folder, and its version, such as ``13.0``."""
+    """The CUDA toolkit to compile with."""
 
     home: str
     release: str
+    """Such as ``13.0``."""
+    archs: str
+    """What to compile for unless the environment says it, as in TORCH_CUDA_ARCH_LIST."""
 
 
 def find_cuda(torch_cuda: str | None, kernels: list[str]) -> Toolkit:
@@ -139,8 +143,7 @@ def find_cuda(torch_cuda: str | None, kernels: list[str]) -> Toolkit:
         raise CannotBuildError(
             f"nvcc was not found; install the toolkit of CUDA {torch_cuda} or set CUDA_HOME to it"
         )
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+)\.(\d+)", version)
+    found = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
     major, release = (found[1], f"{found[1]}.{found[2]}") if found else (None, "unknown")
     if major != torch_cuda.partition(".")[0]:
         raise CannotBuildError(
@@ -148,12 +151,12 @@ def find_cuda(torch_cuda: str | None, kernels: list[str]) -> Toolkit:
             " set CUDA_HOME to a toolkit with torch's major version"
         )
     # Ask nvcc where it lives: a wrapper or link on PATH misleads torch's own guess.
-    dry = subprocess.run(
-        [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
-    )
-    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr + dry.stdout, re.MULTILINE)
+    dry_run = output(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull)
+    top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
     home = os.path.realpath(top[1].strip() if top else Path(nvcc).resolve().parent.parent)
-    return Toolkit(home, release)
+    known = re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch"))
+    archs = ";".join(arch for arch in ARCHS if arch.replace(".", "") in known)
+    return Toolkit(home, release, f"{archs}+PTX")
 
 
 def choose_cuda(torch_cuda: str | None, kernels: list[str], record: Record) -> Toolkit | None:
@@ -188,7 +191,7 @@ def describe_extension(record: Record) -> Extension:
     compiler = find_compiler()
     toolkit = choose_cuda(torch.version.cuda, cu, record)
     record.TORCH = str(torch.__version__)
-    record.COMPILER = first_line(*shlex.split(compiler), "--version")
+    record.COMPILER = output(*shlex.split(compiler), "--version").partition("\n")[0]
     includes = [str(HERE / "csrc")]
     if toolkit is None:
         from torch.utils.cpp_extension import CppExtension
@@ -199,7 +202,7 @@ def describe_extension(record: Record) -> Extension:
     if len(shlex.split(compiler)) == 1:  # nvcc takes no `ccache g++` for the host's part
         os.environ.setdefault("NVCC_CCBIN", compiler)
     record.CUDA = toolkit.release
-    record.ARCHS = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    record.ARCHS = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolkit.archs)
     from torch.utils.cpp_extension import CUDAExtension
 
     # Headers that a toolkit may lack and torch's own wheels carry (cusparse.h, nccl.h, ...).

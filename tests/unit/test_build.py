@@ -136,6 +136,7 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         'case "$1" in\n'
         '  --version) echo "Cuda compilation tools, release 12.8, V12.8.93" ;;\n'
         f'  --dryrun) echo "#$ TOP={tmp_path}/really/here" >&2 ;;\n'
+        "  --list-gpu-arch) echo compute_70; echo compute_75; echo compute_86; echo compute_90 ;;\n"
         "esac\n"
     )
     program.chmod(0o755)
@@ -192,12 +193,13 @@ def test_cuda_without_nvcc_is_recorded_or_an_error_when_asked_for(
         build.choose_cuda("13.0", ["k.cu"], record)
 
 
-def test_the_toolkit_is_where_nvcc_says_it_is(
+def test_nvcc_says_where_the_toolkit_is_and_what_it_compiles_for(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, nvcc: Path
 ) -> None:
     record = build.Record()
     # Another minor version will do.
-    assert build.choose_cuda("12.6", ["k.cu"], record) == (str(nvcc), "12.8")
+    toolkit = build.choose_cuda("12.6", ["k.cu"], record)
+    assert toolkit == (str(nvcc), "12.8", "7.5;8.6;9.0+PTX")
     assert record.NO_CUDA is None
     monkeypatch.setenv("FASTDDP_CUDA", "0")
     assert build.choose_cuda("12.6", ["k.cu"], record) is None
