@@ -456,7 +456,7 @@ def test_submodules_of_a_module_with_its_own_assignment_stay_its_own() -> None:
     assert inner.weight.grad.item() == 6
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_script_modules() -> None:
     plain = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     model = fastddp.DataParallel(torch.jit.script(plain), TWO)
