@@ -46,8 +46,8 @@ _REAP_S = 10.0
 # What transports say when the other side is gone. Errors with this in the traceback follow from
 # another rank's.
 _LOST_PEER = re.compile(
-    "connection (was )?(closed|reset|refused)|broken pipe|remote process exited|timed out waiting"
-    "|watchdog caught",
+    r"connection (was )?(closed|reset|refused)|broken pipe|remote process exited|timed out waiting"
+    r"|watchdog caught|failed: (timed out: )?rank \d+ (\(process \d+\)|has left the group)",
     re.IGNORECASE,
 )
 

@@ -170,7 +170,7 @@ def _fail(rank: int, how: str) -> None:
             raise ValueError("bad batch")
         finally:
             dist.destroy_process_group()
-            time.sleep(0.2)  # the others lose their connections before this rank reports
+            time.sleep(0.4)  # the others have noticed, and reported, before this rank reports
     if how == "assert":
         raise AssertionError
     if how == "unpicklable":
