@@ -9,7 +9,7 @@ FASTDDP_CUDA=auto       (default) CUDA kernels when torch is a CUDA build and an
                         version is found; else none, and why is recorded
 FASTDDP_CUDA=1          their absence is an error
 FASTDDP_CUDA=0          none
-TORCH_CUDA_ARCH_LIST    default: those of ARCHS that nvcc knows (torch would ask a visible GPU)
+TORCH_CUDA_ARCH_LIST    default: those of DEFAULT_ARCHS that nvcc knows (torch asks a GPU)
 
 The extension only works with the torch it was compiled against. That is why torch is not a build
 requirement (pip would fetch another one into its build environment) and why its version is recorded
@@ -44,7 +44,7 @@ CXX_SOURCES = (
     "csrc/bind/*.cpp",
 )
 CUDA_SOURCES = ("csrc/kernels/*.cu",)
-ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0"
 # Bit equality with torch: no fused multiply-add where the source has a multiply and an add.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "-fmad=false", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"]
@@ -155,7 +155,7 @@ def find_cuda(torch_cuda: str | None, kernels: list[str]) -> Toolkit:
     top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
     home = os.path.realpath(top[1].strip() if top else Path(nvcc).resolve().parent.parent)
     known = re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch"))
-    archs = ";".join(arch for arch in ARCHS if arch.replace(".", "") in known)
+    archs = ";".join(arch for arch in DEFAULT_ARCHS.split(";") if arch.replace(".", "") in known)
     return Toolkit(home, release, f"{archs}+PTX")
 
 
