@@ -70,8 +70,9 @@ TEST(unflatten_writes_the_bits_of_the_cpu) {
 TEST(moments_have_the_bits_of_the_cpu) {
   for (const auto& [piece, flat] : all_pairs()) {
     for (const auto& shift : {FlattenCase::Shift{0, 0}, {3, 3}, {1, 0}}) {
-      FlattenCase test(piece, flat, edge_sizes(chunk_numel(piece)), shift);
-      test.pieces()[4].data = nullptr;
+      const std::int64_t chunk = chunk_numel(piece);
+      FlattenCase test(piece, flat, {9, 0, 257, 100, chunk - 1, chunk, chunk + 5}, shift);
+      test.pieces()[3].data = nullptr;
       Moments want{};
       fused_flatten(test.pass(kThird), test.pieces(), test.flat(), &want);
       const auto bytes = test.flat_bytes();
@@ -86,12 +87,14 @@ TEST(moments_have_the_bits_of_the_cpu) {
   }
 }
 
-TEST(moments_of_more_blocks_than_threads) {
-  std::vector<std::int64_t> sizes(3 * kBlockThreads + 10, 3);
+TEST(moments_of_two_launches_and_of_more_blocks_than_threads) {
+  const std::vector<std::int64_t> sizes(kLargeTable + 10, 3);
   FlattenCase test(DType::kBFloat16, DType::kFloat32, sizes);
   Moments want{};
   fused_flatten(test.pass(1), test.pieces(), test.flat(), &want);
-  in_both_orders([&] { CHECK(same_bits(flatten_on_gpu(test, 1), want)); });
+  standin::num_launches = 0;
+  CHECK(same_bits(flatten_on_gpu(test, 1), want));
+  CHECK(standin::num_launches == 3);
 }
 
 TEST(nothing_has_moments_too) {
@@ -117,23 +120,18 @@ TEST(a_tensor_in_its_own_place_is_scaled_there) {
 }
 
 TEST(the_number_of_launches_is_that_of_the_tables) {
-  const auto num_launches = [](std::size_t num_pieces, bool with_moments) {
+  const auto num_launches = [](std::size_t num_pieces) {
     FlattenCase test(DType::kFloat32, DType::kFloat32, std::vector<std::int64_t>(num_pieces, 5));
     standin::num_launches = 0;
-    if (with_moments) {
-      flatten_on_gpu(test, kThird);
-    } else {
-      cuda::fused_flatten(test.pass(kThird), test.pieces(), test.flat(), nullptr);
-    }
+    cuda::fused_flatten(test.pass(kThird), test.pieces(), test.flat(), nullptr);
     CHECK(test.flat_is_scaled(kThird));
     return standin::num_launches;
   };
-  CHECK(num_launches(0, false) == 0);
-  CHECK(num_launches(kSmallTable, false) == 1);
-  CHECK(num_launches(kSmallTable + 1, false) == 1);
-  CHECK(num_launches(kLargeTable, false) == 1);
-  CHECK(num_launches(3000, false) == 3);
-  CHECK(num_launches(3000, true) == 4);
+  CHECK(num_launches(0) == 0);
+  CHECK(num_launches(kSmallTable) == 1);
+  CHECK(num_launches(kSmallTable + 1) == 1);
+  CHECK(num_launches(kLargeTable) == 1);
+  CHECK(num_launches(3000) == 3);
 }
 
 TEST(launches_go_to_the_stream_that_is_given) {
