@@ -1,0 +1,133 @@
+"""A process group on the stand-in device that behaves like NCCL to streams, and keeps a log.
+
+It claims any rank of any number of ranks, in one process. The others are taken to hold what this
+one holds: a sum is the value times their number. What rank 0 broadcasts can be replayed to the
+others, see ``replay``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed import ProcessGroup, ReduceOp, Work
+from torch.distributed.distributed_c10d import AllreduceOptions, BroadcastOptions
+
+from tests.streams import device
+
+
+class Collective(NamedTuple):
+    """One entry of the log."""
+
+    op: str
+    numel: int
+    dtype: torch.dtype
+
+
+class RecordingGroup(ProcessGroup):
+    """See above.
+
+    As with NCCL, a collective waits for the stream that it was called on and runs on one of its
+    own; ``Work.wait`` has the current stream wait and not the host; tensors are kept until then.
+    One that is not asynchronous runs on the current stream. A work that nobody waits for has its
+    tensors kept until :meth:`close`.
+
+    Args:
+        rank: which one to be.
+        size: how many there are.
+        replay: what rank 0 has broadcast, ``sent`` of its group.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 2, replay: Sequence[torch.Tensor] = ()) -> None:
+        super().__init__(rank, size)
+        self.log: list[Collective] = []
+        self.sent: list[torch.Tensor] = []
+        self.stream = device.stream("the group's stream")
+        self._replay = list(replay)
+        self._in_flight: dict[int, list[torch.Tensor]] = {}
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device(device.NAME)]
+
+    def getBackendName(self) -> str:
+        return "recording"
+
+    def allreduce(self, tensors: Any, opts: AllreduceOptions | None = None) -> Work:
+        opts = opts or AllreduceOptions()
+        tensors = _as_list(tensors)
+        factor = {ReduceOp.SUM: self.size(), ReduceOp.AVG: 1, ReduceOp.MAX: 1}[opts.reduceOp.op]
+
+        def reduce() -> None:
+            for tensor in tensors:
+                tensor.mul_(factor)
+
+        return self._start("allreduce", tensors, reduce, opts.asyncOp)
+
+    def broadcast(
+        self, tensors: Any, opts: BroadcastOptions | None = None, root: int = 0
+    ) -> Work:
+        root = opts.rootRank if opts is not None else root
+        tensors = _as_list(tensors)
+
+        def send() -> None:
+            for tensor in tensors:
+                tensor.mul_(1)  # it is read
+                if self.rank() == root:
+                    self.sent.append(tensor.to("cpu", non_blocking=True))
+                elif self._replay:
+                    tensor.copy_(self._replay.pop(0))
+
+        return self._start("broadcast", tensors, send)
+
+    def allgather(
+        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None
+    ) -> Work:
+        def gather() -> None:
+            for copies, tensor in zip(outputs, inputs, strict=True):
+                for copy in copies:
+                    copy.copy_(tensor)
+
+        return self._start("allgather", [*inputs, *sum(outputs, [])], gather)
+
+    def close(self) -> None:
+        """Lets go of what nobody has waited for, as NCCL does when it sees that it has ended."""
+        device.note_end(self.stream)
+        self._in_flight.clear()
+
+    def _start(
+        self,
+        op: str,
+        tensors: list[torch.Tensor],
+        body: Callable[[], None],
+        is_async: bool = True,
+    ) -> Work:
+        nth = len(self.log)
+        self.log.append(Collective(op, sum(t.numel() for t in tensors), tensors[0].dtype))
+        caller = torch.accelerator.current_stream()
+        stream = self.stream if is_async else caller
+        stream.wait_event(caller.record_event())
+        with torch.no_grad(), stream, device.label(f"{op} {nth}"):
+            body()
+        self._in_flight[nth] = tensors
+        return _RecordedWork(stream.record_event(), lambda: self._in_flight.pop(nth, None))
+
+
+class _RecordedWork(Work):
+    def __init__(self, end: torch.Event, let_go: Callable[[], object]) -> None:
+        super().__init__()
+        self._end = end
+        self._let_go = let_go
+
+    def wait(self, timeout: Any = None) -> bool:
+        torch.accelerator.current_stream().wait_event(self._end)
+        self._let_go()
+        return True
+
+    def is_completed(self) -> bool:
+        return bool(self._end.query())
+
+
+def _as_list(tensors: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
