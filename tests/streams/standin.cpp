@@ -156,8 +156,10 @@ class Doubles {
     const c10::Storage storage = storage_of(tensor.storage());
     auto cpu = at::detail::make_tensor<c10::TensorImpl>(
         c10::Storage(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
-    cpu.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(),
-                                                     tensor.storage_offset());
+    auto* const impl = cpu.unsafeGetTensorImpl();
+    impl->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+    if (tensor.is_conj()) impl->_set_conj(true);
+    if (tensor.is_neg()) impl->_set_neg(true);
     tensors_.emplace_back(tensor, cpu);
     return cpu;
   }
@@ -331,7 +333,7 @@ at::Tensor empty_strided(c10::SymIntArrayRef size,
 }
 
 // All copies to, from and on the device.
-at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool non_blocking) {
+at::Tensor& copy(at::Tensor& target, const at::Tensor& source, bool non_blocking) {
   const Launch now = launch("aten::copy_");
   if (is_ours(source)) note_read(source, now);
   if (is_ours(target)) note_write(target, now);
@@ -437,6 +439,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   DeviceIndex exchangeDevice(DeviceIndex /*index*/) const override { return 0; }
   DeviceIndex maybeExchangeDevice(DeviceIndex /*index*/) const override { return 0; }
   Device getDeviceFromPtr(void* /*data*/) const override { return kDevice; }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
 };
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
@@ -448,7 +451,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
-  m.impl("_copy_from", &copy_from);
+  m.impl("copy_", &copy);
   m.impl("set_.source_Storage_storage_offset", &set_source);
   m.impl("record_stream", &record_stream);
 }

@@ -22,12 +22,14 @@ def current() -> torch.Stream:
 
 
 # ---- what must be found --------------------------------------------------------------------------
+# A program returns what is to be freed only after the findings were read.
 
 
-def read_without_event() -> None:
+def read_without_event() -> object:
     x = ones(3)
     with device.stream("side"):
         x + 1
+    return x
 
 
 def write_without_event() -> None:
@@ -40,29 +42,32 @@ def write_without_event() -> None:
     current().wait_stream(side)
 
 
-def event_that_comes_too_early() -> None:
+def event_that_comes_too_early() -> object:
     side, event = device.stream("side"), torch.Event(device.NAME)
     event.record()
     x = ones(3)
     side.wait_event(event)
     with side:
         x + 1
+    return x
 
 
-def result_used_before_the_end() -> None:
+def result_used_before_the_end() -> object:
     group, x = RecordingGroup(), ones(3)
     work = group.allreduce(x)
     x + 1
     work.wait()
+    return x
 
 
-def launched_over_another_stream() -> None:
+def launched_over_another_stream() -> object:
     """A collective waits for the stream that it is called on, not for the tensor."""
     group, x, side = RecordingGroup(), ones(3), device.stream("side")
     side.wait_stream(current())
     with side:
         x.zero_()
     group.allreduce(x).wait()
+    return x
 
 
 def overlapping_part() -> None:
@@ -104,7 +109,7 @@ def told_the_wrong_stream() -> None:
     del x
 
 
-FOUND: dict[Callable[[], None], tuple[str, ...]] = {
+FOUND: dict[Callable[[], object], tuple[str, ...]] = {
     read_without_event: ("race", "aten::add.out on side", "aten::fill_.Scalar on the default"),
     write_without_event: ("race", "write by aten::zero_ on the default stream", "add.out on side"),
     event_that_comes_too_early: ("race", "on side"),
@@ -239,14 +244,16 @@ NOT_FOUND = (
 )
 
 
-def _findings(rank: int, world_size: int, program: Callable[[], None]) -> list[tuple[str, str]]:
+def _findings(rank: int, world_size: int, program: Callable[[], object]) -> list[tuple[str, str]]:
     device.load()
-    program()
-    return [(found.kind, found.text) for found in device.findings()]
+    kept = program()
+    found = [(finding.kind, finding.text) for finding in device.findings()]
+    del kept
+    return found
 
 
 @pytest.mark.parametrize("program", FOUND, ids=lambda program: program.__name__)
-def test_it_is_found(program: Callable[[], None]) -> None:
+def test_it_is_found(program: Callable[[], object]) -> None:
     [findings] = run_ranks(_findings, 1, program, init_group=False)
     assert len(findings) == 1, findings
     kind, text = findings[0]
@@ -257,7 +264,7 @@ def test_it_is_found(program: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("program", NOT_FOUND, ids=lambda program: program.__name__)
-def test_nothing_is_found(program: Callable[[], None]) -> None:
+def test_nothing_is_found(program: Callable[[], object]) -> None:
     assert run_ranks(_findings, 1, program, init_group=False) == [[]]
 
 
@@ -272,6 +279,7 @@ def _waits(rank: int, world_size: int) -> list[tuple[str, bool]]:
 
     x.sum().item()
     x.detach().cpu()
+    x.detach() * 2
     event = current().record_event()
     assert not event.query()
     event.synchronize()
