@@ -1,6 +1,6 @@
 // What a device would be allowed to reorder: happens-before between streams, kept in vector clocks
-// (Lamport's partial order, as Fidge and Mattern number it), and the accesses to each block of
-// memory.
+// (Fidge, "Timestamps in message-passing systems that preserve the partial ordering", 1988), and
+// the accesses to each block of memory.
 //
 // Everything runs at once and in program order on the host, so values are always right. What is
 // checked is whether they had to be: whether an access happens after those it conflicts with by the
@@ -83,11 +83,11 @@ struct Access {
 struct Shadow {
   std::size_t number = 0;
   std::size_t num_bytes = 0;
-  std::size_t stream = 0;           // that it was allocated on
-  std::vector<Access> accesses;     // those that a later one may conflict with
-  std::vector<Range> written;       // disjoint, ascending
-  std::set<std::size_t> told;       // streams given to record_stream
-  bool has_uninitialised = false;   // was reported: once per allocation is enough
+  std::size_t stream = 0;          // that it was allocated on
+  std::vector<Access> accesses;    // those that a later one may conflict with
+  std::vector<Range> written;      // disjoint, ascending
+  std::set<std::size_t> told;      // streams given to record_stream
+  bool has_uninitialised = false;  // was reported: once per allocation is enough
 };
 
 struct Finding {
@@ -175,8 +175,8 @@ class Checker {
     const std::lock_guard lock(mutex_);
     if (!shadow.has_uninitialised && !is_written(shadow, range)) {
       shadow.has_uninitialised = true;
-      add("uninitialised read", describe(Access{range, launch, false}) + " of " +
-                                    describe(shadow) + ", not all of which was ever written");
+      add("uninitialised read", describe(Access{range, launch, false}) + " of " + describe(shadow) +
+                                    ", not all of which was ever written");
     }
     add_access(shadow, {range, launch, false});
   }
@@ -249,8 +249,7 @@ class Checker {
     // that has been reported.
     const auto is_hidden = [&](const Access& old) {
       return access.range.covers(old.range) &&
-             (access.is_write ||
-              (!old.is_write && old.launch.stream == access.launch.stream));
+             (access.is_write || (!old.is_write && old.launch.stream == access.launch.stream));
     };
     auto& all = shadow.accesses;
     all.erase(std::remove_if(all.begin(), all.end(), is_hidden), all.end());
@@ -266,12 +265,12 @@ class Checker {
     return found == names_.end() ? "stream " + std::to_string(stream) : found->second;
   }
   std::string describe(const Access& access) const {
-    return std::string("the ") + (access.is_write ? "write" : "read") + " by " +
-           access.launch.op + " on " + name(access.launch.stream);
+    return std::string("the ") + (access.is_write ? "write" : "read") + " by " + access.launch.op +
+           " on " + name(access.launch.stream);
   }
   std::string describe(const Shadow& shadow) const {
-    return "allocation " + std::to_string(shadow.number) + " (" +
-           std::to_string(shadow.num_bytes) + " bytes, of " + name(shadow.stream) + ")";
+    return "allocation " + std::to_string(shadow.number) + " (" + std::to_string(shadow.num_bytes) +
+           " bytes, of " + name(shadow.stream) + ")";
   }
 
   std::mutex mutex_;

@@ -103,7 +103,7 @@ def load() -> None:
     module.current_device = lambda: 0  # type: ignore[attr-defined]
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
     module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
-    module.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
+    module.manual_seed_all = lambda _: None  # type: ignore[attr-defined]
     torch._register_device_module(NAME, module)
 
 

@@ -36,7 +36,7 @@ class RecordingGroup(ProcessGroup):
     Args:
         rank: which one to be.
         size: how many there are.
-        replay: what rank 0 has broadcast, ``sent`` of its group.
+        replay: what rank 0 has broadcast, ``sent`` of its group; for the other ranks.
     """
 
     def __init__(self, rank: int = 0, size: int = 2, replay: Sequence[torch.Tensor] = ()) -> None:
@@ -65,31 +65,29 @@ class RecordingGroup(ProcessGroup):
 
         return self._start("allreduce", tensors, reduce, opts.asyncOp)
 
-    def broadcast(
-        self, tensors: Any, opts: BroadcastOptions | None = None, root: int = 0
-    ) -> Work:
+    def broadcast(self, tensors: Any, opts: BroadcastOptions | None = None, root: int = 0) -> Work:
         root = opts.rootRank if opts is not None else root
         tensors = _as_list(tensors)
 
         def send() -> None:
             for tensor in tensors:
-                tensor.mul_(1)  # it is read
                 if self.rank() == root:
                     self.sent.append(tensor.to("cpu", non_blocking=True))
-                elif self._replay:
-                    tensor.copy_(self._replay.pop(0))
+                else:
+                    tensor.copy_(self._replay.pop(0), non_blocking=True)
 
         return self._start("broadcast", tensors, send)
 
     def allgather(
-        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None
+        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], _opts: Any = None
     ) -> Work:
-        def gather() -> None:
-            for copies, tensor in zip(outputs, inputs, strict=True):
-                for copy in copies:
-                    copy.copy_(tensor)
+        pairs = [(t, out) for t, outs in zip(inputs, outputs, strict=True) for out in outs]
 
-        return self._start("allgather", [*inputs, *sum(outputs, [])], gather)
+        def gather() -> None:
+            for tensor, output in pairs:
+                output.copy_(tensor)
+
+        return self._start("allgather", [*inputs, *(output for _, output in pairs)], gather)
 
     def close(self) -> None:
         """Lets go of what nobody has waited for, as NCCL does when it sees that it has ended."""
@@ -120,7 +118,7 @@ class _RecordedWork(Work):
         self._end = end
         self._let_go = let_go
 
-    def wait(self, timeout: Any = None) -> bool:
+    def wait(self, _timeout: Any = None) -> bool:
         torch.accelerator.current_stream().wait_event(self._end)
         self._let_go()
         return True

@@ -75,8 +75,7 @@ std::string python_place() {
 }
 
 void note_host_sync(const std::string& what) {
-  checker().add_sync(
-      {what, python_place(), torch::autograd::get_current_graph_task_id() != -1});
+  checker().add_sync({what, python_place(), torch::autograd::get_current_graph_task_id() != -1});
 }
 
 void wait_for_stream(std::size_t stream, const std::string& what) {
@@ -205,8 +204,8 @@ class Doubles {
     const std::size_t num_bytes = cpu.nbytes();
     at::DataPtr memory = cpu.set_data_ptr(at::DataPtr(nullptr, Device(DeviceType::CPU)));
     return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
-        c10::StorageImpl::use_byte_size_t(), num_bytes,
-        make_block(std::move(memory), num_bytes), &allocator, true));
+        c10::StorageImpl::use_byte_size_t(), num_bytes, make_block(std::move(memory), num_bytes),
+        &allocator, true));
   }
 
   static at::Tensor like(const at::Tensor& cpu, const c10::Storage& storage) {
@@ -222,13 +221,13 @@ class Doubles {
 
 // In-place operators that do not look at what they overwrite.
 const std::unordered_set<std::string> kOverwrites{
-    "aten::fill_",    "aten::zero_",      "aten::normal_", "aten::uniform_",
-    "aten::random_",  "aten::bernoulli_", "aten::exponential_"};
+    "aten::fill_",   "aten::zero_",      "aten::normal_",     "aten::uniform_",
+    "aten::random_", "aten::bernoulli_", "aten::exponential_"};
 // Operators that cannot return before the device has got there: their result's value, or shape, is
 // the host's to know.
-const std::unordered_set<std::string> kHostWaits{
-    "aten::_local_scalar_dense", "aten::equal",   "aten::is_nonzero", "aten::nonzero",
-    "aten::masked_select",       "aten::_unique2"};
+const std::unordered_set<std::string> kHostWaits{"aten::_local_scalar_dense", "aten::equal",
+                                                 "aten::is_nonzero",          "aten::nonzero",
+                                                 "aten::masked_select",       "aten::_unique2"};
 
 bool is_written(const c10::Argument& argument) {
   const auto* const alias = argument.alias_info();
@@ -273,8 +272,8 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto& arguments = schema.arguments();
   const std::string& name = schema.name();
-  const Launch now = launch(name + (schema.overload_name().empty() ? "" : ".") +
-                            schema.overload_name());
+  const Launch now =
+      launch(name + (schema.overload_name().empty() ? "" : ".") + schema.overload_name());
   const std::size_t begin = stack->size() - arguments.size();
 
   for (std::size_t i = 0; i < arguments.size(); ++i) {
