@@ -54,6 +54,9 @@ class RecordingGroup(ProcessGroup):
     def getBackendName(self) -> str:
         return "recording"
 
+    def _get_backend(self, _device: torch.device) -> _Backend:
+        return _Backend()
+
     def allreduce(self, tensors: Any, opts: AllreduceOptions | None = None) -> Work:
         opts = opts or AllreduceOptions()
         tensors = _as_list(tensors)
@@ -109,14 +112,29 @@ class RecordingGroup(ProcessGroup):
         with torch.no_grad(), stream, device.label(f"{op} {nth}"):
             body()
         self._in_flight[nth] = tensors
-        return _RecordedWork(stream.record_event(), lambda: self._in_flight.pop(nth, None))
+        return _RecordedWork(stream, tensors, lambda: self._in_flight.pop(nth, None))
+
+
+class _Backend:
+    """All that Python asks of it."""
+
+    def supports_tensor_alloc(self, _device: torch.device) -> bool:
+        return False
 
 
 class _RecordedWork(Work):
-    def __init__(self, end: torch.Event, let_go: Callable[[], object]) -> None:
+    def __init__(
+        self, stream: torch.Stream, tensors: list[torch.Tensor], let_go: Callable[[], object]
+    ) -> None:
         super().__init__()
-        self._end = end
+        self._end = stream.record_event()
         self._let_go = let_go
+        # Done at once, like NCCL's: whoever takes the result has its stream wait.
+        self._future = torch.futures.Future[list[torch.Tensor]](
+            devices=[torch.device(device.NAME, 0)]
+        )
+        with stream:
+            self._future.set_result(tensors)
 
     def wait(self, _timeout: Any = None) -> bool:
         torch.accelerator.current_stream().wait_event(self._end)
@@ -125,6 +143,9 @@ class _RecordedWork(Work):
 
     def is_completed(self) -> bool:
         return bool(self._end.query())
+
+    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
+        return self._future
 
 
 def _as_list(tensors: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
