@@ -7,6 +7,8 @@ same in C++.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 
@@ -19,6 +21,24 @@ def drain_current_stream(device: torch.device) -> None:
     """Returns once the device has done all that the current stream was given."""
     if has_streams(device):
         torch.accelerator.current_stream(device).synchronize()
+
+
+def home_of(device: torch.device) -> torch.Stream | None:
+    """Returns the stream that memory allocated now belongs to; None where there are none."""
+    return torch.accelerator.current_stream(device) if has_streams(device) else None
+
+
+def keep_for_current(tensors: Iterable[torch.Tensor], home: torch.Stream | None) -> None:
+    """Keeps the memory of tensors from being used anew before the current stream is done with it.
+
+    Freed memory is used anew at once by the stream that it was allocated on, which is ``home``.
+    """
+    if home is None:
+        return
+    for tensor in tensors:
+        stream = torch.accelerator.current_stream(tensor.device)
+        if stream != home:
+            tensor.record_stream(stream)
 
 
 def is_capturing(device: torch.device) -> bool:
