@@ -8,6 +8,7 @@ same in C++.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -15,6 +16,17 @@ import torch
 def has_streams(device: torch.device) -> bool:
     """Returns whether work on ``device`` is queued, and not done when a call returns."""
     return device.type not in ("cpu", "meta")
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one of its type in a ``with`` block.
+
+    A rank whose model is on its GPU may have left the first one current, as every rank has then;
+    NCCL refuses two ranks on one GPU.
+    """
+    if not has_streams(device):
+        return nullcontext()
+    return torch.accelerator.device_index(device.index)
 
 
 def drain_current_stream(device: torch.device) -> None:
