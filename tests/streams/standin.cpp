@@ -17,6 +17,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <atomic>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -48,6 +49,7 @@ Checker& checker() {
 }
 
 thread_local std::size_t current_stream = 0;
+std::atomic<bool> capturing{false};
 // Names what a test or the group of the tests does in several operators.
 thread_local std::vector<std::string> labels;
 
@@ -395,6 +397,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryStream(const Stream& stream) const override {
     return checker().host_knows(checker().record(as_id(stream)));
   }
+  // Not marked as an override: an older torch does not ask.
+  bool isStreamCapturing(const Stream& /*stream*/) const { return capturing; }
   void synchronizeStream(const Stream& stream) const override {
     wait_for_stream(as_id(stream), "stream.synchronize");
   }
@@ -470,6 +474,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pop_label", [] { labels.pop_back(); });
   // What only a transport's own thread finds out: that its stream has come this far.
   m.def("note_end", [](std::size_t stream) { checker().host_waits(checker().record(stream)); });
+  m.def("set_capturing", [](bool value) { capturing = value; });
   m.def("num_launches", [] { return checker().num_launches(); });
   m.def("take_findings", [] {
     std::vector<std::pair<std::string, std::string>> result;
