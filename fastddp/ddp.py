@@ -25,6 +25,7 @@ from fastddp.logging_data import logging_data
 from fastddp.options import Options
 from fastddp.plan import BucketPlan, MiB
 from fastddp.replica import Replica
+from fastddp.streams import on_device
 
 
 class DistributedDataParallel(nn.parallel.DistributedDataParallel):
@@ -52,6 +53,10 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         bucket_cap_mb: MiB per bucket, 25 by default after a first one of 1.
         bucket_cap_mb_list: MiB per bucket, one by one; the last serves all further ones.
         mixed_precision: see :mod:`fastddp.mixed_precision`.
+        comm_dtype: what gradients are cast to on their way between ranks, such as
+            ``torch.bfloat16``; divided by the number of ranks first, in float32. ``.grad`` keeps
+            the parameter's dtype. float64 gradients, delayed ones, sparse ones and those of a
+            communication hook travel as they are. By default all do.
         delay_all_reduce_named_params: see :mod:`fastddp.delayed`.
         param_to_hook_all_reduce: see there.
         engine: ``"native"`` or ``"python"``; by default see :func:`fastddp.engine.choose`.
@@ -92,6 +97,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         batched_grad_copy: bool = False,
         forward_sync_buffers: bool | None = None,
         *,
+        comm_dtype: torch.dtype | None = None,
         engine: str | None = None,
     ) -> None:
         group = self._find_group(process_group, device_mesh)
@@ -106,6 +112,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
                 forward_sync_buffers=forward_sync_buffers,
                 init_sync=init_sync,
                 mixed_precision=mixed_precision,
+                comm_dtype=comm_dtype,
                 delay_all_reduce_named_params=delay_all_reduce_named_params,
                 param_to_hook_all_reduce=param_to_hook_all_reduce,
                 engine=engine,
@@ -123,10 +130,12 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
             )
         except ValueError as error:
             if init_sync:  # ranks with better arguments would wait for this one
-                report_failure(group, error)
+                with on_device(_device_of(module)):
+                    report_failure(group, error)
             raise
         replica = Replica(module, group, options)
-        replica.start()
+        with on_device(_device_of(module)):
+            replica.start()
         self._assemble(module, replica)
 
     def _assemble(self, module: nn.Module, replica: Replica) -> None:
@@ -421,3 +430,7 @@ for _name in (
     *("_pre_forward", "_post_forward"),  # halves of forward, which torch's replicate() calls
 ):
     setattr(DistributedDataParallel, _name, _refused(_name))
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((param.device for param in module.parameters()), torch.device("cpu"))
