@@ -259,8 +259,7 @@ void Reducer::finish_round() {
     stats_.wait_us_last = us_since(start);
     hand_out();
   } catch (...) {
-    round_.reset();
-    installed_ = false;  // a collective may still write to the buckets
+    drop_round();
     throw;
   }
   stats_.wait_us_total += stats_.wait_us_last;
@@ -280,12 +279,17 @@ void Reducer::abandon_round() noexcept {
     flush(false);
   } catch (...) {  // the backward's own exception is on its way to the user and says more
   }
-  // On a GPU memory is free for others as soon as it is dropped here, so it is held until the next
-  // round; on the CPU the transport holds it.
+  drop_round();
+}
+
+// Collectives may still write to the buckets, so the next round gets its own. On a GPU memory is
+// free for others as soon as it is dropped here, so it is held until then; on the CPU the transport
+// holds it.
+void Reducer::drop_round() {
   if (has_streams(device_))
     std::move(round_->waits.begin(), round_->waits.end(), std::back_inserter(abandoned_));
   round_.reset();
-  installed_ = false;  // collectives still write to the buckets; the next round gets its own
+  installed_ = false;
 }
 
 void Reducer::shadow() {
@@ -493,7 +497,7 @@ void Reducer::launch(std::size_t index, bool waits) {
   round_->waits.push_back(start_hook(index, gradients, std::move(params), std::move(offsets)));
 }
 
-// One gradient after the other, into places that are in the cache or will not be.
+// One after the other, with the flags.
 void Reducer::fill_missing(std::size_t index, const std::vector<std::size_t>& missing) {
   buckets_[index].flags.fill_(1);
   for (const std::size_t slot : missing) {
@@ -508,7 +512,7 @@ void Reducer::fill_missing(std::size_t index, const std::vector<std::size_t>& mi
   }
 }
 
-// All that is put by, what is missing, and the flags: in one pass.
+// What was put by, what is missing, and the flags: in one pass.
 void Reducer::flatten_bucket(std::size_t index, const std::vector<std::size_t>& missing) {
   const Bucket& bucket = buckets_[index];
   const BucketPlan& plan = plan_[index];

@@ -212,6 +212,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void abandon_round() noexcept;
 
   void begin_round(bool is_shadow);
+  void drop_round();
   void queue_end();
   void install_plan();
   void take(std::size_t param);

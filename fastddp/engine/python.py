@@ -279,7 +279,7 @@ class PythonReducer:
                 self._cast_back(launch)
             wait_us = (time.perf_counter() - start) * 1e6
         except BaseException:
-            self._installed = False  # a collective may still write to the buckets
+            self._drop(current)
             raise
         self._hand_out(current)
         self._stats = replace(
@@ -302,11 +302,17 @@ class PythonReducer:
         # The backward's own exception is on its way to the user and says more than one of these.
         with contextlib.suppress(Exception):
             self._flush(current, waits=False)
-        # On a GPU memory is free for others as soon as it is dropped here, so it is held until the
-        # next round; on the CPU the transport holds it.
+        self._drop(current)
+
+    def _drop(self, current: _Round) -> None:
+        """Has the next round get its own buckets, for collectives may still write to these.
+
+        On a GPU memory is free for others as soon as it is dropped here, so it is held until then;
+        on the CPU the transport holds it.
+        """
         if has_streams(self._device):
             self._abandoned += current.waits
-        self._installed = False  # collectives still write to the buckets; the next gets its own
+        self._installed = False
 
     def _accumulates(self) -> bool:
         """Returns whether the current backward is one that fills ``.grad``.
