@@ -112,7 +112,7 @@ class RecordingGroup(ProcessGroup):
         with torch.no_grad(), stream, device.label(f"{op} {nth}"):
             body()
         self._in_flight[nth] = tensors
-        return _RecordedWork(stream, tensors, lambda: self._in_flight.pop(nth, None))
+        return RecordedWork(stream, tensors, lambda: self._in_flight.pop(nth, None))
 
 
 class _Backend:
@@ -122,7 +122,7 @@ class _Backend:
         return False
 
 
-class _RecordedWork(Work):
+class RecordedWork(Work):
     def __init__(
         self, stream: torch.Stream, tensors: list[torch.Tensor], let_go: Callable[[], object]
     ) -> None:
