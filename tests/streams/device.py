@@ -143,17 +143,6 @@ def label(text: str) -> Iterator[None]:
         _device.pop_label()
 
 
-def note_end(ended: torch.Stream) -> None:
-    """Lets the host know that all of a stream's work has ended, without its waiting for it."""
-    _device.note_end(ended.stream_id)
-
-
-def num_launches() -> int:
-    """Returns how many operators have run on the device."""
-    count: int = _device.num_launches()
-    return count
-
-
 def findings() -> list[Finding]:
     """Returns what was found since the last call."""
     return [Finding(*found) for found in _device.take_findings()]

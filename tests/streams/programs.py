@@ -256,20 +256,22 @@ def hook_of_torch(engine: str) -> Trained:
     return trained
 
 
-QUIET = (
-    several_rounds,
-    one_bucket,
-    micro_batches,
-    gradients_kept,
-    a_parameter_used_twice,
-    strided_parameters,
-    buffers,
-    checkpoints,
-    reentrant_checkpoints,
-    half_the_bytes,
-    hook_of_torch,
-)
-"""Programs in which the host may not wait once the order of buckets is settled."""
+def delayed_parameters(engine: str) -> Trained:
+    """Some gradients are averaged after the others, all at once."""
+    on_cpu = Layers()
+    model = copy.deepcopy(on_cpu).to(device.NAME)
+    names = ["last.weight", "middle.1.weight", "norm.bias"]
+    trained = Trained(
+        engine,
+        model,
+        on_cpu=on_cpu,
+        delay_all_reduce_named_params=[(name, model.get_parameter(name)) for name in names],
+        param_to_hook_all_reduce=model.first.weight,
+    )
+    for _ in range(ROUNDS):
+        trained.backward()
+        trained.step()
+    return trained
 
 
 def unused_parameters(engine: str) -> Trained:
@@ -418,10 +420,19 @@ def _backward_from_another_stream(trained: Trained) -> Trained:
     return trained
 
 
-PROGRAMS = (
-    *QUIET,
-    unused_parameters,
-    backward_raises,
+QUIET = (
+    several_rounds,
+    one_bucket,
+    micro_batches,
+    gradients_kept,
+    a_parameter_used_twice,
+    strided_parameters,
+    buffers,
+    checkpoints,
+    reentrant_checkpoints,
+    half_the_bytes,
+    hook_of_torch,
+    delayed_parameters,
     branches_on_streams,
     wrapped_after_a_forward,
     trained_on_another_stream,
@@ -429,6 +440,8 @@ PROGRAMS = (
     half_the_bytes_from_another_stream,
     hook_of_torch_from_another_stream,
 )
+"""Programs in which the host may not wait once the order of buckets is settled."""
+PROGRAMS = (*QUIET, unused_parameters, backward_raises)
 
 
 # ---- running them --------------------------------------------------------------------------------
@@ -452,8 +465,7 @@ def run(program: Program, engine: str) -> Outcome:
         trained.compare()
     except Exception:
         return Outcome(traceback.format_exc(), [], [])
-    waits, group = trained.waits, trained.group
+    waits = trained.waits
     del trained
-    group.close()
     findings += [f"{found.kind}, at the end: {found.text}" for found in device.findings()]
     return Outcome("", findings, waits)

@@ -468,9 +468,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("push_label", [](std::string label) { labels.push_back(std::move(label)); });
   m.def("pop_label", [] { labels.pop_back(); });
-  // What only a transport's own thread finds out: that its stream has come this far.
-  m.def("note_end", [](std::size_t stream) { checker().host_waits(checker().record(stream)); });
-  m.def("num_launches", [] { return checker().num_launches(); });
   m.def("take_findings", [] {
     std::vector<std::pair<std::string, std::string>> result;
     for (Finding& one : checker().take_findings())
