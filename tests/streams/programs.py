@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -286,6 +287,17 @@ def unused_parameters(engine: str) -> Trained:
     return trained
 
 
+def rounds_of_the_others(engine: str) -> Trained:
+    """As `join` has it: takes part with nothing to add."""
+    trained = Trained(engine, Layers())
+    for nth in range(ROUNDS):
+        if nth % 2:
+            trained.model._replica.shadow()
+        trained.backward()
+        trained.step()
+    return trained
+
+
 class _Raises(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
@@ -397,6 +409,19 @@ def trained_on_another_stream(engine: str) -> Trained:
     return trained
 
 
+def wrapped_on_another_stream(engine: str) -> Trained:
+    """As before the capture of a graph: then no gradient has to change streams."""
+    side = device.stream("side")
+    side.wait_stream(torch.accelerator.current_stream())
+    with side, warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of gradients that do
+        trained = Trained(engine, Layers())
+        for _ in range(ROUNDS):
+            trained.backward()
+            trained.step()
+    return trained
+
+
 def backward_from_another_stream(engine: str) -> Trained:
     return _backward_from_another_stream(Trained(engine, Layers()))
 
@@ -436,12 +461,13 @@ QUIET = (
     branches_on_streams,
     wrapped_after_a_forward,
     trained_on_another_stream,
+    wrapped_on_another_stream,
     backward_from_another_stream,
     half_the_bytes_from_another_stream,
     hook_of_torch_from_another_stream,
 )
 """Programs in which the host may not wait once the order of buckets is settled."""
-PROGRAMS = (*QUIET, unused_parameters, backward_raises)
+PROGRAMS = (*QUIET, unused_parameters, rounds_of_the_others, backward_raises)
 
 
 # ---- running them --------------------------------------------------------------------------------

@@ -352,6 +352,14 @@ def _computes_as_the_cpu(rank: int, world_size: int) -> None:
         assert got.device.type == device.NAME
         assert (got.shape, got.stride()) == (expected.shape, expected.stride())
         assert torch.equal(got.cpu(), expected)
+    grown = y[0].clone()
+    part = grown[1]
+    assert torch.equal(grown.resize_(24)[:12].cpu(), x.flatten()[:12])
+    assert part.untyped_storage().data_ptr() == grown.untyped_storage().data_ptr()
+    other = y.new_empty(0).set_(grown)
+    grown.fill_(3)
+    assert other.cpu().tolist() == [3.0] * 24
+
     many = [y.clone(), y[0].clone()]
     torch._foreach_mul_(many, 2)
     torch._foreach_copy_(many[:1], [y.transpose(0, 0)])
