@@ -13,6 +13,7 @@
 #include <exception>
 #include <iterator>
 #include <numeric>
+#include <thread>
 
 #include "torch/dtype.h"
 #include "torch/error_text.h"
@@ -266,7 +267,7 @@ void Reducer::finish_round() {
   ++stats_.rounds;
   stats_.overlaps = round_->is_early;
   if (!round_->is_shadow) schedule_.add(round_->is_early, us_since(round_->begin));
-  round_.reset();
+  end_round();
   const auto after_round = after_round_;  // it may set another
   if (after_round) after_round();
 }
@@ -288,8 +289,20 @@ void Reducer::abandon_round() noexcept {
 void Reducer::drop_round() {
   if (has_streams(device_))
     std::move(round_->waits.begin(), round_->waits.end(), std::back_inserter(abandoned_));
-  round_.reset();
+  end_round();
   installed_ = false;
+}
+
+// When a backward on a GPU raises, the thread that autograd ran it in may be the last to let go of
+// it, a moment after the caller got its exception. What the caller launches next would come before
+// the rest of the round, on this rank alone. (tests/streams/test_abandoned_rounds.py)
+void Reducer::settle() const {
+  constexpr auto kPatience = std::chrono::seconds(10);  // a backward of another thread may be long
+  if (!is_in_round_ || !has_streams(device_) || torch::autograd::get_current_graph_task_id() != -1)
+    return;
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  while (is_in_round_ && std::chrono::steady_clock::now() < deadline)
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
 }
 
 void Reducer::shadow() {
@@ -313,6 +326,12 @@ void Reducer::begin_round(bool is_shadow) {
   if (!installed_) install_plan();
   round_ = std::make_unique<Round>(plan_, params_.size(), is_shadow);
   round_->is_early = schedule_.begin() || !may_launch_late();
+  is_in_round_ = true;
+}
+
+void Reducer::end_round() {
+  round_.reset();
+  is_in_round_ = false;
 }
 
 void Reducer::await_agreements() {

@@ -40,7 +40,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.distributed_c10d import AllreduceOptions
 
-from fastddp.backward import at_end_of_backward, on_backward
+from fastddp.backward import at_end_of_backward, in_backward, on_backward
 from fastddp.collectives import Loan, settle, without_context
 from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.engine.schedule import Schedule
@@ -62,6 +62,10 @@ from fastddp.streams import (
     is_capturing,
     keep_for_current,
 )
+
+
+_PATIENCE_S = 10.0
+"""A backward that another thread runs may be long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +221,16 @@ class PythonReducer:
 
     def outgrown(self) -> bool:
         return any(param.requires_grad for param in self._frozen)
+
+    def settle(self) -> None:
+        # When a backward on a GPU raises, the thread that autograd ran it in may be the last to let
+        # go of it, a moment after the caller got its exception. What the caller launches next would
+        # come before the rest of the round, on this rank alone.
+        if self._round is None or not has_streams(self._device) or in_backward():
+            return
+        deadline = time.monotonic() + _PATIENCE_S
+        while self._round is not None and time.monotonic() < deadline:
+            time.sleep(50e-6)
 
     @torch.no_grad()
     def shadow(self) -> None:

@@ -215,12 +215,6 @@ class Checker {
     const std::lock_guard lock(mutex_);
     return std::exchange(syncs_, {});
   }
-  std::size_t num_launches() {
-    const std::lock_guard lock(mutex_);
-    std::size_t sum = 0;
-    for (std::size_t i = 0; i < clocks_.size(); ++i) sum += clocks_[i].at(i);
-    return sum;
-  }
 
  private:
   // Of a stream, with what the host knows: whatever is launched now comes after it.
