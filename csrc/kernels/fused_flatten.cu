@@ -58,7 +58,10 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 template <typename... Params, typename... Args>
-void launch(void* stream, std::uint32_t num_blocks, void (*kernel)(Params...), Args&&... args) {
+void launch(void* stream,
+            std::uint32_t num_blocks,
+            void (*kernel)(Params...),
+            const Args&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(num_blocks);
   config.blockDim = dim3(kBlockThreads);
