@@ -63,7 +63,6 @@ from fastddp.streams import (
     keep_for_current,
 )
 
-
 _PATIENCE_S = 10.0
 """A backward that another thread runs may be long."""
 
@@ -190,6 +189,7 @@ class PythonReducer:
         self._stats = RoundStats()
         self._unused: list[str] = []
         self._round: _Round | None = None
+        self._in_round = False  # until the last of it is launched, also if it is abandoned
 
         # A tensor holds its gradient node weakly: kept here, or the hook would go with the node.
         self._nodes = [_accumulator(param) for param in self._params]
@@ -226,10 +226,10 @@ class PythonReducer:
         # When a backward on a GPU raises, the thread that autograd ran it in may be the last to let
         # go of it, a moment after the caller got its exception. What the caller launches next would
         # come before the rest of the round, on this rank alone.
-        if self._round is None or not has_streams(self._device) or in_backward():
+        if not self._in_round or not has_streams(self._device) or in_backward():
             return
         deadline = time.monotonic() + _PATIENCE_S
-        while self._round is not None and time.monotonic() < deadline:
+        while self._in_round and time.monotonic() < deadline:
             time.sleep(50e-6)
 
     @torch.no_grad()
@@ -295,6 +295,7 @@ class PythonReducer:
         except BaseException:
             self._drop(current)
             raise
+        self._in_round = False
         self._hand_out(current)
         self._stats = replace(
             self._stats,
@@ -327,6 +328,7 @@ class PythonReducer:
         if has_streams(self._device):
             self._abandoned += current.waits
         self._installed = False
+        self._in_round = False
 
     def _accumulates(self) -> bool:
         """Returns whether the current backward is one that fills ``.grad``.
@@ -372,6 +374,7 @@ class PythonReducer:
             )
         if not self._installed:
             self._install_plan()
+        self._in_round = True
         return _Round(
             is_shadow,
             missing=[len(bucket.slots) for bucket in self._plan.buckets],

@@ -12,7 +12,6 @@ import threading
 import time
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 

@@ -16,6 +16,7 @@ from tests.streams.programs import (
     run,
 )
 
+
 def _run_all(rank: int, world_size: int, engine: str) -> dict[str, Outcome]:
     device.load()
     return {program.__name__: run(program, engine) for program in PROGRAMS}
