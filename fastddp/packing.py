@@ -72,10 +72,12 @@ class Packing(NamedTuple):
             tensors: of the packing's shapes and dtype, of any strides, on one device.
         """
         laid = [layout.laid(t) for layout, t in zip(self.layouts, tensors, strict=True)]
+        # In the order of memory, where `flatten` goes by rows.
+        vectors = [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in laid]
         if self.dtype not in FUSED_DTYPES:
-            return torch.cat([tensor.as_strided((tensor.numel(),), (1,)) for tensor in laid])
+            return torch.cat([vector.reshape(-1) for vector in vectors])
         flat = torch.empty(self.numel, dtype=self.dtype, device=tensors[0].device)
-        return flatten(laid, out=flat, offsets=self.offsets)  # in the order of memory
+        return flatten(vectors, out=flat, offsets=self.offsets)
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """Returns tensors that share the flat one's memory, but no version counter.

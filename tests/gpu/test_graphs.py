@@ -65,7 +65,7 @@ def wrapped(engine: str, stream: torch.cuda.Stream, **options: object) -> nn.Mod
     """Wrap on the stream of the capture: gradients are added up on the stream of wrapping."""
     with torch.cuda.stream(stream):
         return fastddp.DistributedDataParallel(
-            make(), engine=engine, bucket_cap_mb=0.0004, **options
+            make(), engine=engine, bucket_cap_mb=0.0001, **options
         )
 
 
