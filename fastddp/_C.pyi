@@ -1,6 +1,6 @@
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, dtype
 from torch._C._distributed_c10d import Backend
 from torch.distributed import ProcessGroup
 
@@ -31,6 +31,19 @@ def plan_buckets(
     caps_bytes: Sequence[int],
     align_bytes: int = 16,
 ) -> list[BucketPlan]: ...
+
+has_cuda: bool
+
+def flatten(
+    flat: Tensor,
+    tensors: Sequence[Tensor],
+    offsets: Sequence[int],
+    scale: float,
+    moments: Tensor | None,
+) -> None: ...
+def unflatten(
+    flat: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int], scale: float
+) -> None: ...
 def scale_copy(dst: Tensor, src: Tensor, scale: float) -> None: ...
 def scale_add(dst: Tensor, src: Tensor, scale: float) -> None: ...
 def keep_memory(on: bool) -> bool: ...
@@ -68,6 +81,8 @@ class Reducer:
         frozen: Sequence[Tensor],
         group: ProcessGroup,
         caps_bytes: Sequence[int],
+        comm_dtype: dtype | None = None,
+        flattens: bool | None = None,
     ) -> None: ...
     @property
     def sync(self) -> bool: ...

@@ -11,6 +11,7 @@ from fastddp.accumulate import accumulate
 from fastddp.data_parallel import DataParallel
 from fastddp.ddp import DistributedDataParallel
 from fastddp.errors import MismatchError, RankError
+from fastddp.flat import flatten, unflatten
 from fastddp.gather import gather_unpadded
 from fastddp.info import info
 from fastddp.launch import init_process_group
@@ -29,11 +30,13 @@ __all__ = [
     "RankError",
     "__version__",
     "accumulate",
+    "flatten",
     "gather_unpadded",
     "info",
     "init_process_group",
     "patch",
     "spawn",
+    "unflatten",
     "wrap",
 ]
 

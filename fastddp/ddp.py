@@ -52,6 +52,10 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         bucket_cap_mb: MiB per bucket, 25 by default after a first one of 1.
         bucket_cap_mb_list: MiB per bucket, one by one; the last serves all further ones.
         mixed_precision: see :mod:`fastddp.mixed_precision`.
+        comm_dtype: what gradients are cast to on their way between ranks, such as
+            ``torch.bfloat16``; divided by the number of ranks first, in float32. ``.grad`` keeps
+            the parameter's dtype. float64 gradients, delayed ones, sparse ones and those of a
+            communication hook travel as they are. By default all do.
         delay_all_reduce_named_params: see :mod:`fastddp.delayed`.
         param_to_hook_all_reduce: see there.
         engine: ``"native"`` or ``"python"``; by default see :func:`fastddp.engine.choose`.
@@ -92,6 +96,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         batched_grad_copy: bool = False,
         forward_sync_buffers: bool | None = None,
         *,
+        comm_dtype: torch.dtype | None = None,
         engine: str | None = None,
     ) -> None:
         group = self._find_group(process_group, device_mesh)
@@ -106,6 +111,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
                 forward_sync_buffers=forward_sync_buffers,
                 init_sync=init_sync,
                 mixed_precision=mixed_precision,
+                comm_dtype=comm_dtype,
                 delay_all_reduce_named_params=delay_all_reduce_named_params,
                 param_to_hook_all_reduce=param_to_hook_all_reduce,
                 engine=engine,

@@ -37,6 +37,8 @@ class Options:
     init_sync_buffers: bool
     forward_sync_buffers: bool
     mixed_precision: _MixedPrecision | None
+    comm_dtype: torch.dtype | None
+    """What gradients are cast to for the all-reduce; None for what they are."""
     delay: Delay | None
     engine: str | None
     unused: dict[str, Any]
@@ -55,6 +57,7 @@ class Options:
         forward_sync_buffers: bool | None,
         init_sync: bool,
         mixed_precision: _MixedPrecision | None,
+        comm_dtype: torch.dtype | None,
         delay_all_reduce_named_params: Sequence[tuple[str, nn.Parameter]] | None,
         param_to_hook_all_reduce: nn.Parameter | None,
         engine: str | None,
@@ -67,6 +70,7 @@ class Options:
         """
         ids, output = _devices(module, device_ids, output_device)
         _check_mixed_precision(mixed_precision)
+        _check_comm_dtype(comm_dtype, mixed_precision)
         # broadcast_buffers=False stops both, forward_sync_buffers=False only the one of forward.
         both = broadcast_buffers is not False
         return cls(
@@ -77,6 +81,7 @@ class Options:
             init_sync_buffers=both or forward_sync_buffers is not None,
             forward_sync_buffers=both if forward_sync_buffers is None else forward_sync_buffers,
             mixed_precision=mixed_precision,
+            comm_dtype=comm_dtype,
             delay=Delay.of(module, delay_all_reduce_named_params, param_to_hook_all_reduce),
             engine=engine,
             unused=dict(unused),
@@ -87,6 +92,7 @@ class Options:
         return {
             "bucket caps": ", ".join(f"{cap / MiB:g} MiB" for cap in self.caps_bytes),
             "mixed precision": str(self.mixed_precision),
+            "comm_dtype": str(self.comm_dtype),
             "the delay of all-reduces": str(self.delay),
         }
 
@@ -111,6 +117,22 @@ def _check_mixed_precision(mixed: object) -> None:
             raise ValueError(
                 f"fastddp: mixed_precision.{name} must be a floating-point dtype, got {dtype!r}"
             )
+
+
+def _check_comm_dtype(dtype: object, mixed: _MixedPrecision | None) -> None:
+    if dtype is None:
+        return
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            "fastddp: comm_dtype must be torch.bfloat16, torch.float16 or torch.float32, got"
+            f" {dtype!r}"
+        )
+    if mixed is not None and (mixed.reduce_dtype or mixed.param_dtype) is not None:
+        raise ValueError(
+            f"fastddp: comm_dtype={dtype} and a mixed_precision that reduces in"
+            f" {mixed.reduce_dtype or mixed.param_dtype} both say how gradients travel; leave one"
+            " out"
+        )
 
 
 def _caps(cap_mb: float | None, caps_mb: Sequence[float] | None) -> tuple[int, ...]:

@@ -15,6 +15,9 @@ import torch
 SLOT_ALIGN_BYTES = 16
 """Slots begin at multiples of this, so that a wide load never straddles two gradients."""
 
+CAST_ALIGN_BYTES = 32
+"""The same where gradients are cast for communication: 32 bytes are 16 in half the size."""
+
 PACKED_ALIGN_BYTES = 1
 """For a communication hook, which is promised a buffer with nothing but gradients in it."""
 
@@ -68,7 +71,7 @@ class BucketPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that one round puts into its collectives."""
+        """Bytes of the gradients; as many go into collectives, unless they are cast for them."""
         return sum(bucket.numel * bucket.dtype.itemsize for bucket in self.buckets)
 
 

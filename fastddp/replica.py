@@ -131,6 +131,7 @@ class Replica:
             frozen,
             self._transport(group),
             self.options.caps_bytes,
+            self.options.comm_dtype,
         )
         self._hooked = {param: (param.dtype, param.device) for param in params}
         if self.options.delay is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,6 +19,19 @@ def engine(request: pytest.FixtureRequest) -> str:
     if name == "native":
         require_native()
     return name
+
+
+@contextlib.contextmanager
+def flattening() -> Iterator[None]:
+    """Have native reducers fill their buckets in one pass, as they do on a GPU, on the CPU too."""
+    from fastddp import _C
+
+    plain = _C.Reducer
+    _C.Reducer = functools.partial(plain, flattens=True)
+    try:
+        yield
+    finally:
+        _C.Reducer = plain
 
 
 def require_native() -> None:

@@ -2,10 +2,11 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "kernels/flatten.h"
+#include "kernels/scale.h"
 #include "shm/error.h"
 #include "shm/heap.h"
 #include "torch/dtype.h"
+#include "torch/flatten.h"
 #include "torch/keep_memory.h"
 #include "torch/reducer.h"
 #include "torch/shm_backend.h"
@@ -15,20 +16,61 @@ namespace py = pybind11;
 namespace fastddp {
 namespace {
 
-using Kernel = void (*)(DType, void*, const void*, std::size_t, double);
+using Kernel = void (*)(DType, void*, DType, const void*, std::size_t, double);
 
 // Makes a kernel callable on two contiguous CPU tensors, for its tests.
 auto on_tensors(Kernel kernel) {
   return [kernel](const at::Tensor& dst, const at::Tensor& src, double scale) {
     TORCH_CHECK_VALUE(dst.is_cpu() && src.is_cpu() && dst.is_contiguous() && src.is_contiguous() &&
-                          dst.sizes() == src.sizes() && dst.scalar_type() == src.scalar_type(),
-                      "expected two contiguous CPU tensors of one shape and dtype");
-    const auto dtype = dtype_of(dst.scalar_type());
-    TORCH_CHECK_TYPE(dtype && !dst.is_complex(), "expected floating point tensors, got ",
-                     dst.scalar_type());
-    kernel(*dtype, dst.data_ptr(), src.const_data_ptr(), static_cast<std::size_t>(dst.numel()),
+                          dst.sizes() == src.sizes(),
+                      "expected two contiguous CPU tensors of one shape");
+    const auto to = dtype_of(dst.scalar_type()), from = dtype_of(src.scalar_type());
+    TORCH_CHECK_TYPE(to && from && !dst.is_complex() && !src.is_complex() && converts(*from, *to),
+                     "expected floating point tensors, float64 for float64, got ",
+                     dst.scalar_type(), " and ", src.scalar_type());
+    kernel(*to, dst.data_ptr(), *from, src.const_data_ptr(), static_cast<std::size_t>(dst.numel()),
            scale);
   };
+}
+
+// Contiguous tensors of one dtype on the flat buffer's device, each with its place in the buffer.
+std::vector<FlatPiece> pieces_of(const at::Tensor& flat,
+                                 const std::vector<at::Tensor>& tensors,
+                                 const std::vector<std::int64_t>& offsets) {
+  TORCH_CHECK_VALUE(flat.is_contiguous() && flat.dim() == 1 && tensors.size() == offsets.size() &&
+                        !tensors.empty(),
+                    "expected a flat buffer, and an offset for each of at least one tensor");
+  std::vector<FlatPiece> pieces;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& tensor = tensors[i];
+    const std::int64_t end = offsets[i] + tensor.numel();
+    TORCH_CHECK_VALUE(tensor.is_contiguous() && !tensor.is_complex() &&
+                          tensor.device() == flat.device() &&
+                          tensor.scalar_type() == tensors.front().scalar_type() &&
+                          offsets[i] >= 0 && end <= flat.numel(),
+                      "tensor ", i,
+                      " is not contiguous, not like the others in dtype and device, "
+                      "or has no room at offset ",
+                      offsets[i]);
+    pieces.push_back({tensor, offsets[i], tensor.numel()});
+  }
+  return pieces;
+}
+
+void flatten_tensors(const at::Tensor& flat,
+                     const std::vector<at::Tensor>& tensors,
+                     const std::vector<std::int64_t>& offsets,
+                     double scale,
+                     const std::optional<at::Tensor>& moments) {
+  flatten(flat, pieces_of(flat, tensors, offsets), tensors.at(0).scalar_type(), scale,
+          moments.value_or(at::Tensor()));
+}
+
+void unflatten_tensors(const at::Tensor& flat,
+                       const std::vector<at::Tensor>& tensors,
+                       const std::vector<std::int64_t>& offsets,
+                       double scale) {
+  unflatten(flat, pieces_of(flat, tensors, offsets), tensors.at(0).scalar_type(), scale);
 }
 
 std::shared_ptr<Reducer> make_reducer(std::vector<at::Tensor> params,
@@ -36,9 +78,12 @@ std::shared_ptr<Reducer> make_reducer(std::vector<at::Tensor> params,
                                       std::size_t num_sparse,
                                       std::vector<at::Tensor> frozen,
                                       const c10::intrusive_ptr<c10d::ProcessGroup>& group,
-                                      std::vector<std::int64_t> caps_bytes) {
-  auto reducer = std::make_shared<Reducer>(std::move(params), std::move(names), num_sparse,
-                                           std::move(frozen), group, std::move(caps_bytes));
+                                      std::vector<std::int64_t> caps_bytes,
+                                      std::optional<at::ScalarType> comm_dtype,
+                                      std::optional<bool> flattens) {
+  auto reducer =
+      std::make_shared<Reducer>(std::move(params), std::move(names), num_sparse, std::move(frozen),
+                                group, std::move(caps_bytes), comm_dtype, flattens);
   reducer->attach();
   return reducer;
 }
@@ -141,6 +186,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan_buckets", &plan_buckets, py::arg("params"), py::arg("order"), py::arg("caps_bytes"),
         py::arg("align_bytes") = kSlotAlignBytes);
 
+  m.attr("has_cuda") = kHasCuda;
+  m.def("flatten", &flatten_tensors, py::arg("flat"), py::arg("tensors"), py::arg("offsets"),
+        py::arg("scale"), py::arg("moments"), py::call_guard<py::gil_scoped_release>());
+  m.def("unflatten", &unflatten_tensors, py::arg("flat"), py::arg("tensors"), py::arg("offsets"),
+        py::arg("scale"), py::call_guard<py::gil_scoped_release>());
   m.def("scale_copy", on_tensors(&scale_copy), py::arg("dst"), py::arg("src"), py::arg("scale"));
   m.def("scale_add", on_tensors(&scale_add), py::arg("dst"), py::arg("src"), py::arg("scale"));
 
@@ -162,7 +212,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Reducer, std::shared_ptr<Reducer>>(m, "Reducer")
       .def(py::init(&make_reducer), py::arg("params"), py::arg("names"), py::arg("num_sparse"),
-           py::arg("frozen"), py::arg("group"), py::arg("caps_bytes"))
+           py::arg("frozen"), py::arg("group"), py::arg("caps_bytes"),
+           py::arg("comm_dtype") = py::none(), py::arg("flattens") = py::none())
       .def_property("sync", &Reducer::sync, &Reducer::set_sync)
       .def("watch", &Reducer::watch, py::arg("outputs"))
       .def("set_divisor", &Reducer::set_divisor, py::arg("divisor"), without_gil)

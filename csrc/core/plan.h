@@ -12,6 +12,11 @@ namespace fastddp {
 
 // Slots begin at multiples of this, so that a wide load never straddles two gradients.
 inline constexpr std::int64_t kSlotAlignBytes = 16;
+// The same, in the buffer of gradients, where they are cast for communication: a slot of 16 bytes
+// in half the size is one of 32 bytes.
+constexpr std::int64_t slot_align_bytes(bool is_cast) {
+  return is_cast ? 2 * kSlotAlignBytes : kSlotAlignBytes;
+}
 // For a communication hook, which is promised a buffer with nothing but gradients in it.
 inline constexpr std::int64_t kPackedAlignBytes = 1;
 

@@ -25,6 +25,7 @@ class ReadyTracker {
   // The next bucket whether full or not, kNone after the last.
   std::size_t pop();
 
+  bool is_full(std::size_t bucket) const { return missing_[bucket] == 0; }
   bool launched(std::size_t bucket) const { return bucket < next_; }
 
   static constexpr std::size_t kNone = static_cast<std::size_t>(-1);

@@ -42,9 +42,9 @@ void fused_flatten(const FlatPass& pass,
 // piece[i] = flat[offset + i] * scale; pieces are not null.
 void fused_unflatten(const FlatPass& pass, const std::vector<Piece>& pieces, const void* flat);
 
-// The same on a GPU: only enqueued on `stream`, a cudaStream_t, of the current device. Tables travel
-// as kernel arguments, so that a CUDA graph can capture it. Throws std::runtime_error with CUDA's
-// text if a launch fails.
+// The same on a GPU: only enqueued on `stream`, a cudaStream_t, of the current device. Tables
+// travel as kernel arguments, so that a CUDA graph can capture it. Throws std::runtime_error with
+// CUDA's text if a launch fails.
 namespace cuda {
 
 // Floats of device memory that a flatten with moments needs.

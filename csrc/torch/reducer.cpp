@@ -11,11 +11,14 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <iterator>
 #include <numeric>
 
 #include "torch/dtype.h"
 #include "torch/error_text.h"
+#include "torch/flatten.h"
 #include "torch/slot.h"
+#include "torch/streams.h"
 
 namespace fastddp {
 namespace {
@@ -108,11 +111,16 @@ Reducer::Reducer(std::vector<at::Tensor> params,
                  std::size_t num_sparse,
                  std::vector<at::Tensor> frozen,
                  const c10::intrusive_ptr<c10d::ProcessGroup>& group,
-                 std::vector<std::int64_t> caps_bytes)
+                 std::vector<std::int64_t> caps_bytes,
+                 std::optional<at::ScalarType> comm_dtype,
+                 std::optional<bool> flattens)
     : group_(group),
       rank_(group->getRank()),
       caps_bytes_(std::move(caps_bytes)),
       frozen_(std::move(frozen)),
+      device_(params.empty() ? c10::Device(c10::kCPU) : params.front().device()),
+      comm_dtype_(comm_dtype),
+      flattens_(flattens.value_or(!device_.is_cpu())),
       runs_inline_(runs_inline(*group, params)),
       divisor_(group->getSize()) {
   TORCH_CHECK_VALUE(params.size() == names.size() && num_sparse <= params.size(),
@@ -244,7 +252,10 @@ void Reducer::finish_round() {
   try {
     const auto start = std::chrono::steady_clock::now();
     flush(true);
-    for (std::size_t launch = 0; launch < round_->waits.size(); ++launch) wait_for(launch);
+    for (std::size_t launch = 0; launch < round_->waits.size(); ++launch) {
+      wait_for(launch);
+      cast_back(launch);
+    }
     stats_.wait_us_last = us_since(start);
     hand_out();
   } catch (...) {
@@ -269,6 +280,10 @@ void Reducer::abandon_round() noexcept {
     flush(false);
   } catch (...) {  // the backward's own exception is on its way to the user and says more
   }
+  // On a GPU memory is free for others as soon as it is dropped here, so it is held until the next
+  // round; on the CPU the transport holds it.
+  if (has_streams(device_))
+    std::move(round_->waits.begin(), round_->waits.end(), std::back_inserter(abandoned_));
   round_.reset();
   installed_ = false;  // collectives still write to the buckets; the next round gets its own
 }
@@ -283,7 +298,14 @@ void Reducer::shadow() {
 // ---- one round -----------------------------------------------------------------------
 
 void Reducer::begin_round(bool is_shadow) {
-  await_agreements();
+  // What waits for the host, or allocates, has no place in a graph. All ranks capture alike, so
+  // agreements are put off on all of them.
+  const bool captures = is_capturing(device_);
+  if (!captures) await_agreements();
+  TORCH_CHECK(
+      !captures || installed_, "fastddp: rank ", rank_,
+      ": a graph is being captured in the first synchronised backward of this model, or the "
+      "first after one that raised; run it two times before the capture");
   if (!installed_) install_plan();
   round_ = std::make_unique<Round>(plan_, params_.size(), is_shadow);
   round_->is_early = schedule_.begin() || !may_launch_late();
@@ -322,9 +344,19 @@ void Reducer::queue_end() {
 void Reducer::install_plan() {
   stats_.bytes_per_round = 0;
   stats_.num_buckets = static_cast<std::int64_t>(plan_.size());
+  for (const Wait& wait : std::exchange(abandoned_, {})) {
+    try {
+      wait();
+    } catch (const std::exception&) {  // of a backward that raised anyway
+    }
+  }
+  drain_current_stream(device_);  // whatever stream the old buckets were used on
   // Frees the old buckets before the new are allocated.
   buckets_.clear();
-  for (Param& param : params_) param.slot.reset();
+  for (Param& param : params_) {
+    param.slot.reset();
+    param.place.reset();
+  }
   const auto num_dense_flags = static_cast<std::int64_t>(hook_ ? num_dense() : 0);
   const auto num_sparse = static_cast<std::int64_t>(params_.size() - num_dense());
   loose_flags_.reset();
@@ -333,24 +365,30 @@ void Reducer::install_plan() {
   std::int64_t next_flag = 0;
   for (const BucketPlan& bucket_plan : plan_) {
     const Param& first = params_[static_cast<std::size_t>(bucket_plan.slots.front().param)];
-    const at::Tensor flat =
-        allocate(bucket_plan.numel, c10::toRealValueType(first.variable.scalar_type()));
-    stats_.bytes_per_round += static_cast<std::int64_t>(flat.nbytes());
+    const auto dtype = c10::toRealValueType(first.variable.scalar_type());
+    const auto options = first.variable.options().requires_grad(false).dtype(dtype);
+    const at::Tensor wire = allocate(bucket_plan.numel, wire_dtype(dtype));
+    const at::Tensor flat = wire.scalar_type() == dtype ? wire : at::zeros_like(wire, options);
+    stats_.bytes_per_round += static_cast<std::int64_t>(wire.nbytes());
     const auto num_slots = static_cast<std::int64_t>(bucket_plan.slots.size());
     const at::Tensor flags = hook_ ? loose_flags_.narrow(0, next_flag, num_slots)
-                                   : flat.narrow(0, bucket_plan.flags_offset, num_slots);
+                                   : wire.narrow(0, bucket_plan.flags_offset, num_slots);
     next_flag += hook_ ? num_slots : 0;
     for (std::int64_t i = 0; i < num_slots; ++i) {
       const SlotPlan& slot = bucket_plan.slots[static_cast<std::size_t>(i)];
       Param& param = params_[static_cast<std::size_t>(slot.param)];
       param.bucket = buckets_.size();
       param.slot = make_slot(param.variable, flat, slot, static_cast<bool>(hook_));
+      param.place = make_place(as_real(param.slot), wire, slot);
       param.flag = flags[i];
     }
-    buckets_.push_back({flat, flags});
+    const at::Tensor ones = flattens_ && !hook_ ? at::ones({num_slots}, options) : at::Tensor();
+    buckets_.push_back({flat, wire, flags, ones});
   }
   for (std::size_t i = num_dense(); i < params_.size(); ++i)
     params_[i].flag = loose_flags_[next_flag++];
+  if (has_streams(device_)) home_ = current_stream(device_);
+  drain_current_stream(device_);  // other streams may be the first to write to the buckets
   installed_ = true;
 }
 
@@ -360,6 +398,7 @@ void Reducer::take(std::size_t index) {
   if (!grad.defined()) return;
   int& taken = round_->taken[index];
   if (index >= num_dense()) {
+    round_->touched_sparse.by_current_after_all(device_);
     const at::Tensor scaled = scale_sparse(grad, scale());
     param.slot = taken++ == 0 ? scaled : param.slot + scaled;
     grad.reset();
@@ -369,7 +408,7 @@ void Reducer::take(std::size_t index) {
                    "' got a sparse gradient, but belongs to no torch.nn.Embedding or EmbeddingBag "
                    "with sparse=True, which is what is looked for when a model is wrapped");
   if (taken == 0) {
-    write(param.dtype, param.slot, grad, scale());
+    put_by(index, grad);
     round_->arrival.push_back(static_cast<std::int64_t>(index));
   } else {
     TORCH_CHECK(!round_->tracker.launched(param.bucket), "fastddp: rank ", rank_, ": parameter '",
@@ -377,10 +416,13 @@ void Reducer::take(std::size_t index) {
                 " had been sent, as many as it ever got before. This happens when re-entrant "
                 "activation checkpoints begin to share a parameter in the midst of training; use "
                 "checkpoint(..., use_reentrant=False)");
-    add(param.dtype, param.slot, grad, scale());
+    accumulate(index, grad);
   }
-  if (++taken == param.expected) round_->tracker.mark(param.bucket);
   grad.reset();
+  if (++taken == param.expected) {
+    round_->tracker.mark(param.bucket);
+    if (flattens_ && round_->tracker.is_full(param.bucket)) flatten_bucket(param.bucket, {});
+  }
   // The first round launches nothing before its end: how many gradients a parameter gets in one
   // backward (re-entrant checkpoints that share it bring several) is only known then. When to
   // launch is this rank's own decision, so it is made by what this rank has seen.
@@ -391,17 +433,54 @@ void Reducer::take(std::size_t index) {
   }
 }
 
+// The first gradient of a parameter.
+void Reducer::put_by(std::size_t index, at::Tensor grad) {
+  const Param& param = params_[index];
+  Filling& filling = round_->fillings[param.bucket];
+  filling.touched.by_current(device_);
+  if (flattens_) {
+    filling.pending.push_back({index, std::move(grad), current_stream(device_)});
+  } else {
+    write(param.place, grad, scale());
+  }
+}
+
+// A further one, which a re-entrant checkpoint brings. The sum has the bits that it has on the CPU.
+void Reducer::accumulate(std::size_t index, const at::Tensor& grad) {
+  const Param& param = params_[index];
+  Filling& filling = round_->fillings[param.bucket];
+  filling.touched.by_current_after_all(device_);
+  const auto first = std::find_if(filling.pending.begin(), filling.pending.end(),
+                                  [index](const Pending& one) { return one.param == index; });
+  if (first != filling.pending.end()) {
+    const c10::Stream stream = current_stream(device_);
+    if (first->stream != stream) outlive(first->grad, stream);
+    write(param.place, first->grad, scale());
+    filling.pending.erase(first);
+  }
+  add(param.place, grad, scale());
+}
+
 // Fills in what this rank has no gradient for, then sends the bucket on its way.
 void Reducer::launch(std::size_t index, bool waits) {
   const Bucket& bucket = buckets_[index];
   const BucketPlan& plan = plan_[index];
-  bucket.flags.fill_(1);
-  for (const SlotPlan& slot : plan.slots) {
-    const auto param = static_cast<std::size_t>(slot.param);
-    if (round_->taken[param] == 0) add_bystander(param);
+  Filling& filling = round_->fillings[index];
+  filling.touched.by_current_after_all(device_);
+  if (!filling.is_flattened) {
+    std::vector<std::size_t> missing;
+    for (std::size_t slot = 0; slot < plan.slots.size(); ++slot) {
+      if (round_->taken[static_cast<std::size_t>(plan.slots[slot].param)] == 0)
+        missing.push_back(slot);
+    }
+    if (flattens_) {
+      flatten_bucket(index, missing);
+    } else {
+      fill_missing(index, missing);
+    }
   }
   if (!hook_) {
-    round_->waits.push_back(start_all_reduce(bucket.flat, waits));
+    round_->waits.push_back(start_all_reduce(bucket.wire, waits));
     return;
   }
   std::vector<std::size_t> params;
@@ -414,24 +493,117 @@ void Reducer::launch(std::size_t index, bool waits) {
   round_->waits.push_back(start_hook(index, gradients, std::move(params), std::move(offsets)));
 }
 
+// One gradient after the other, into places that are in the cache or will not be.
+void Reducer::fill_missing(std::size_t index, const std::vector<std::size_t>& missing) {
+  buckets_[index].flags.fill_(1);
+  for (const std::size_t slot : missing) {
+    const auto param = static_cast<std::size_t>(plan_[index].slots[slot].param);
+    const Leftover leftover = take_leftover(param);
+    if (leftover.grad.defined()) {
+      write(params_[param].place, leftover.grad, scale());
+    } else {
+      params_[param].place.zero_();
+    }
+    if (!leftover.counts) params_[param].flag.zero_();
+  }
+}
+
+// All that is put by, what is missing, and the flags: in one pass.
+void Reducer::flatten_bucket(std::size_t index, const std::vector<std::size_t>& missing) {
+  const Bucket& bucket = buckets_[index];
+  const BucketPlan& plan = plan_[index];
+  Filling& filling = round_->fillings[index];
+  filling.touched.by_current_after_all(device_);
+  std::vector<FlatPiece> pieces;
+  pieces.reserve(filling.pending.size() + missing.size() + 1);
+  for (const Pending& one : filling.pending) {
+    if (one.stream != current_stream(device_)) outlive(one.grad, current_stream(device_));
+    add_piece(pieces, index, one.param, one.grad);
+  }
+  std::vector<std::size_t> uncounted;
+  for (const std::size_t slot : missing) {
+    const auto param = static_cast<std::size_t>(plan.slots[slot].param);
+    const Leftover leftover = take_leftover(param);
+    add_piece(pieces, index, param, leftover.grad);
+    if (!leftover.counts) uncounted.push_back(slot);
+  }
+  if (hook_) {
+    bucket.flags.fill_(1);
+    for (const std::size_t slot : uncounted) bucket.flags[static_cast<std::int64_t>(slot)].zero_();
+  } else {  // in runs of ones between zeros
+    std::int64_t begin = 0;
+    const auto add_ones = [&](std::int64_t end) {
+      if (end > begin)
+        pieces.push_back(
+            {bucket.ones.narrow(0, begin, end - begin), plan.flags_offset + begin, end - begin});
+    };
+    for (const std::size_t slot : uncounted) {
+      const auto at = static_cast<std::int64_t>(slot);
+      add_ones(at);
+      pieces.push_back({{}, plan.flags_offset + at, 1});
+      begin = at + 1;
+    }
+    add_ones(static_cast<std::int64_t>(plan.slots.size()));
+  }
+  flatten(bucket.wire, pieces, bucket.flat.scalar_type(), scale());
+  filling.pending.clear();
+  filling.is_flattened = true;
+}
+
+// A gradient that does not lie as its place does goes there by itself. Autograd gives none such.
+void Reducer::add_piece(std::vector<FlatPiece>& pieces,
+                        std::size_t bucket,
+                        std::size_t index,
+                        const at::Tensor& lazy_grad) const {
+  const Param& param = params_[index];
+  const at::Tensor& place = param.place;
+  const auto offset = place.storage_offset();
+  if (!lazy_grad.defined()) {
+    if (place.is_non_overlapping_and_dense()) {
+      pieces.push_back({{}, offset, place.numel()});
+    } else {
+      place.zero_();
+    }
+    return;
+  }
+  at::Tensor grad = as_real(resolved(lazy_grad));
+  const bool is_moved = grad.is_alias_of(buckets_[bucket].flat) &&
+                        grad.const_data_ptr() != param.slot.const_data_ptr();
+  if (is_moved) grad = grad.clone();  // the pass may have written over it by then
+  if (lies_like(place, grad) && grad.scalar_type() == buckets_[bucket].flat.scalar_type()) {
+    pieces.push_back({grad, offset, grad.numel()});
+  } else {
+    write(place, grad, scale());
+  }
+}
+
 void Reducer::launch_sparse(std::size_t index) {
   Param& param = params_[index];
+  round_->touched_sparse.by_current_after_all(device_);
   param.flag.fill_(1);
-  if (round_->taken[index] == 0) add_bystander(index);
+  if (round_->taken[index] == 0) {
+    const Leftover leftover = take_leftover(index);
+    param.slot = leftover.grad.defined() ? scale_sparse(leftover.grad, scale())
+                                         : empty_sparse(param.variable);
+    if (!leftover.counts) param.flag.zero_();
+  }
   const std::size_t nth = plan_.size() + index - num_dense();
   round_->waits.push_back(hook_ ? start_hook(nth, param.slot, {index}, {0})
                                 : start_all_reduce(param.slot));
 }
 
 void Reducer::launch_loose_flags() {
-  if (loose_flags_.defined()) round_->waits.push_back(start_all_reduce(loose_flags_));
+  if (!loose_flags_.defined()) return;
+  for (Filling& filling : round_->fillings) filling.touched.by_current_after_all(device_);
+  round_->waits.push_back(start_all_reduce(loose_flags_));
 }
 
-// Puts into the slot what this rank has, which did not come from the round's backward.
-void Reducer::add_bystander(std::size_t index) {
+// What this rank has, which did not come from the round's backward.
+Reducer::Leftover Reducer::take_leftover(std::size_t index) {
   Param& param = params_[index];
   at::Tensor grad = std::move(param.variable.mutable_grad());
   at::Tensor old = grad;
+  // What unsynchronised backwards left counts as this one's.
   const bool accumulated = !round_->is_shadow && is_accumulated(param, grad);
   const bool is_dense = index < num_dense();
   if (is_dense && grad.defined() && grad.is_sparse()) grad = grad.to_dense();
@@ -439,21 +611,9 @@ void Reducer::add_bystander(std::size_t index) {
   // bit.
   if (is_dense && grad.defined() && !accumulated && grad.is_alias_of(param.slot))
     old = grad.clone();
-  if (!grad.defined() || round_->is_shadow) {
-    if (is_dense) {
-      param.slot.zero_();
-    } else {
-      param.slot = empty_sparse(param.variable);
-    }
-  } else if (is_dense) {
-    write(param.dtype, param.slot, grad, scale());
-  } else {
-    param.slot = scale_sparse(grad, scale());
-  }
-  // What unsynchronised backwards left counts as this one's.
-  if (accumulated) return;
-  param.flag.zero_();
-  round_->bystanders.push_back({index, std::move(old)});
+  if (round_->is_shadow) grad.reset();
+  if (!accumulated) round_->bystanders.push_back({index, std::move(old)});
+  return {std::move(grad), accumulated};
 }
 
 bool Reducer::is_accumulated(const Param& param, const at::Tensor& grad) {
@@ -507,7 +667,7 @@ void Reducer::agree_on_order() {
     }
   }
   Agreement agreement;
-  agreement.tensors = {at::tensor(order, at::kLong).to(params_.front().variable.device())};
+  agreement.tensors = {at::tensor(order, at::kLong).to(device_)};
   const WithoutPythonObjects guard;
   agreement.work = group()->broadcast(agreement.tensors);
   order_ = std::move(agreement);
@@ -531,6 +691,16 @@ void Reducer::wait_for(std::size_t launch) {
   }
 }
 
+// Brings what was reduced in another dtype to where gradients are.
+void Reducer::cast_back(std::size_t launch) {
+  if (hook_ || launch >= buckets_.size()) return;
+  const Bucket& bucket = buckets_[launch];
+  if (!bucket.wire.is_same(bucket.flat)) {
+    at::Tensor flat = bucket.flat;
+    flat.copy_(bucket.wire);
+  }
+}
+
 void Reducer::hand_out() {
   for (std::size_t i = 0; i < params_.size(); ++i) {
     Param& param = params_[i];
@@ -539,21 +709,46 @@ void Reducer::hand_out() {
     param.variable.mutable_grad() = param.slot;
   }
   counts_are_learned_ |= !round_->is_shadow;
+  read_flags();
   for (Bystander& bystander : round_->bystanders) {
     Param& param = params_[bystander.param];
-    // Reading a flag from a device waits for it, which only a rank without a gradient for this
-    // parameter does.
-    const bool used_elsewhere = param.flag.item<double>() != 0;
-    if (used_elsewhere) continue;
+    if (param.used) continue;
     param.variable.mutable_grad() = std::move(bystander.grad);
     if (stats_.rounds == 0) unused_.push_back(param.name);
   }
+  if (home_ && current_stream(device_) != *home_) {  // `.grad` is going to be used here
+    for (const Bucket& bucket : buckets_) {
+      outlive(bucket.flat, current_stream(device_));
+      outlive(bucket.wire, current_stream(device_));
+    }
+  }
+}
+
+// Of the bystanders, whether any rank had a gradient. From a GPU they are read all at once; this is
+// where the host waits, on a rank that has bystanders. A graph cannot: it goes by what was read
+// last.
+void Reducer::read_flags() {
+  if (round_->bystanders.empty() || is_capturing(device_)) return;
+  if (device_.is_cpu()) {
+    for (const Bystander& bystander : round_->bystanders) {
+      Param& param = params_[bystander.param];
+      param.used = param.flag.item<double>() != 0;
+    }
+    return;
+  }
+  std::vector<at::Tensor> flags;
+  for (const Bystander& bystander : round_->bystanders)
+    flags.push_back(params_[bystander.param].flag);
+  const at::Tensor all = at::stack(flags).to(at::kCPU, at::kDouble);
+  const auto* flag = all.const_data_ptr<double>();
+  for (const Bystander& bystander : round_->bystanders)
+    params_[bystander.param].used = *flag++ != 0;
 }
 
 // ---- memory and names ----------------------------------------------------------------
 
 void Reducer::replan(const std::vector<std::int64_t>& order) {
-  const auto align_bytes = hook_ ? kPackedAlignBytes : kSlotAlignBytes;
+  const auto align_bytes = hook_ ? kPackedAlignBytes : slot_align_bytes(comm_dtype_.has_value());
   auto plan = plan_buckets(specs_, order, caps_bytes_, align_bytes);
   schedule_ = Schedule();  // here, where all ranks are in the same round
   if (plan == plan_) return;
@@ -563,16 +758,19 @@ void Reducer::replan(const std::vector<std::int64_t>& order) {
 
 // Zeroed, so that the padding between slots sums to zero for ever.
 at::Tensor Reducer::allocate(std::int64_t numel, at::ScalarType dtype) const {
-  const at::Device device = params_.front().variable.device();
-  const auto options = at::TensorOptions().dtype(dtype).device(device);
+  const auto options = at::TensorOptions().dtype(dtype).device(device_);
   const auto owner = group();
   try {
-    const auto backend = owner->getBackend(device.type());
-    if (backend->supportsTensorAlloc(device.index()))
+    const auto backend = owner->getBackend(device_.type());
+    if (backend->supportsTensorAlloc(device_.index()))
       return backend->allocateTensor(numel, options).zero_();
   } catch (const c10::Error&) {  // not ready for it, as NCCL before its first collective
   }
   return at::zeros({numel}, options);
+}
+
+at::ScalarType Reducer::wire_dtype(at::ScalarType dtype) const {
+  return hook_ || dtype == at::kDouble ? dtype : comm_dtype_.value_or(dtype);
 }
 
 c10::intrusive_ptr<c10d::ProcessGroup> Reducer::group() const {

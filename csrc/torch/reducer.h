@@ -3,8 +3,9 @@
 // One synchronised backward is a *round*. Its life:
 //   first gradient     -> begin_round(): install the plan if a new one is due, queue finish_round()
 //                         on the backward
-//   each gradient      -> take(): scale it into its slot, empty `.grad`, launch the buckets that
-//                         are full, in plan order, unless the round's schedule has them wait
+//   each gradient      -> take(): scale it into its bucket, empty `.grad`, launch the buckets that
+//                         are full, in plan order, unless the round's schedule has them wait. On a
+//                         GPU it is only put by, and one kernel flattens the bucket once it is full
 //   end of backward    -> finish_round(): launch what is left, wait, make each `.grad` the reduced
 //                         slot
 //   backward raised    -> abandon_round(): launch what is left and wait for nothing but hooks
@@ -21,7 +22,12 @@
 //   (test_gradients.py)
 // * The reducer never owns its process group. Freeing a group joins its threads; doing so from a
 //   destructor that holds the GIL deadlocks. (test_launch.py)
-// * Memory is allocated at the head of a round only, and only when the plan is new.
+// * Memory is allocated at the head of a round only, and only when the plan is new. (Tables of a
+//   fused pass are kernel arguments, so a CUDA graph can hold a round.)
+// * On a GPU whatever touches a bucket waits for the streams that have touched it before, by
+//   events; the host waits for nothing but the flags of parameters that this rank has no gradient
+//   for. At the end of a round the stream that called backward is behind all of it.
+//   (tests/streams)
 // * Whoever waits for the mutex does not hold the GIL: a hook takes the GIL under the mutex.
 //
 // `fastddp/engine/python.py` is this file's specification: same collectives, same bits.
@@ -45,6 +51,8 @@
 #include "core/plan.h"
 #include "core/schedule.h"
 #include "core/tracker.h"
+#include "torch/flatten.h"
+#include "torch/streams.h"
 
 namespace fastddp {
 
@@ -75,13 +83,18 @@ using Hook = std::function<Wait(const HookInput&)>;
 class Reducer final : public std::enable_shared_from_this<Reducer> {
  public:
   // `params` are on one device, and the last `num_sparse` of them get sparse gradients; `names` are
-  // theirs, for messages. `frozen` are the model's other parameters.
+  // theirs, for messages. `frozen` are the model's other parameters. `comm_dtype`, if given, is
+  // what gradients of up to 32 bits are cast to for the all-reduce. `flattens`: whether a bucket is
+  // filled in one pass, once it is full, and not gradient by gradient; by default everywhere but on
+  // the CPU.
   Reducer(std::vector<at::Tensor> params,
           std::vector<std::string> names,
           std::size_t num_sparse,
           std::vector<at::Tensor> frozen,
           const c10::intrusive_ptr<c10d::ProcessGroup>& group,
-          std::vector<std::int64_t> caps_bytes);
+          std::vector<std::int64_t> caps_bytes,
+          std::optional<at::ScalarType> comm_dtype,
+          std::optional<bool> flattens);
 
   // Hooks every parameter's gradient accumulation. Apart from the constructor because hooks need a
   // shared owner.
@@ -127,7 +140,10 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
     // Where its reduced gradient lies, shaped and strided like the parameter. A sparse gradient has
     // no place in a bucket: then this is what the round makes of it.
     at::Tensor slot;
-    at::Tensor flag;  // one element: whether any rank had a gradient
+    at::Tensor place;  // where it lies to be reduced: the slot as real numbers, or its like in the
+                       // bucket's `wire`
+    at::Tensor flag;   // one element: whether any rank had a gradient
+    bool used = true;  // whether any had, when a flag was last read
     // The gradient that backwards which were not synchronised have left, so long as nobody replaces
     // or drops it.
     c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> accumulated{
@@ -136,9 +152,31 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   };
 
   struct Bucket {
-    at::Tensor flat;
+    at::Tensor flat;  // what the slots are in
+    at::Tensor wire;  // what is reduced: `flat` itself unless there is a dtype for communication
     at::Tensor
-        flags;  // in its tail, so that they need no collective; or in those of `loose_flags_`
+        flags;        // in its tail, so that they need no collective; or in those of `loose_flags_`
+    at::Tensor ones;  // one per slot, to set flags from in the fused pass
+  };
+
+  // A gradient that waits for the fused pass over its bucket.
+  struct Pending {
+    std::size_t param;
+    at::Tensor grad;
+    c10::Stream stream;
+  };
+
+  // The state of a bucket in a round.
+  struct Filling {
+    std::vector<Pending> pending;  // in the order of arrival
+    bool is_flattened = false;
+    Touched touched;
+  };
+
+  // What this rank has for a parameter that the round's backward gave no gradient.
+  struct Leftover {
+    at::Tensor grad;  // undefined when there is none
+    bool counts;      // as a gradient of this round
   };
 
   // A gradient that the round's own backward did not produce, as it was before the round.
@@ -149,11 +187,13 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
 
   struct Round {
     Round(const std::vector<BucketPlan>& plan, std::size_t num_params, bool is_shadow)
-        : is_shadow(is_shadow), tracker(plan), taken(num_params, 0) {}
+        : is_shadow(is_shadow), tracker(plan), taken(num_params, 0), fillings(plan.size()) {}
     const bool is_shadow;  // of a round of the other ranks
     ReadyTracker tracker;
-    std::vector<int> taken;  // by parameter, gradients so far
-    bool is_early = true;    // buckets are launched as they fill
+    std::vector<int> taken;         // by parameter, gradients so far
+    std::vector<Filling> fillings;  // by bucket
+    Touched touched_sparse;         // the sparse gradients
+    bool is_early = true;           // buckets are launched as they fill
     const std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
     std::vector<std::int64_t> arrival;
     std::vector<Wait> waits;  // in the order of launching
@@ -175,11 +215,19 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void queue_end();
   void install_plan();
   void take(std::size_t param);
+  void put_by(std::size_t param, at::Tensor grad);
+  void accumulate(std::size_t param, const at::Tensor& grad);
   void launch(std::size_t bucket, bool waits = false);
+  void fill_missing(std::size_t bucket, const std::vector<std::size_t>& missing);
+  void flatten_bucket(std::size_t bucket, const std::vector<std::size_t>& missing);
+  void add_piece(std::vector<FlatPiece>& pieces,
+                 std::size_t bucket,
+                 std::size_t param,
+                 const at::Tensor& grad) const;
   void launch_sparse(std::size_t param);
   void launch_loose_flags();
   void flush(bool waits);
-  void add_bystander(std::size_t param);
+  Leftover take_leftover(std::size_t param);
   bool may_launch_late() const { return runs_inline_ && !hook_; }
   static bool is_accumulated(const Param& param, const at::Tensor& grad);
   Wait start_all_reduce(at::Tensor tensor, bool waits = false) const;
@@ -192,8 +240,11 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void await_agreements();
   void wait_for(std::size_t launch);
   void hand_out();
+  void read_flags();
+  void cast_back(std::size_t bucket);
   void replan(const std::vector<std::int64_t>& order);
   at::Tensor allocate(std::int64_t numel, at::ScalarType dtype) const;
+  at::ScalarType wire_dtype(at::ScalarType dtype) const;
   c10::intrusive_ptr<c10d::ProcessGroup> group() const;
   std::string describe(std::size_t launch) const;
   std::size_t num_dense() const { return specs_.size(); }
@@ -205,6 +256,9 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   const int rank_;
   const std::vector<std::int64_t> caps_bytes_;
   const std::vector<at::Tensor> frozen_;
+  const c10::Device device_;
+  const std::optional<at::ScalarType> comm_dtype_;
+  const bool flattens_;
   // Whether a collective that is waited for at once costs no switch of threads.
   const bool runs_inline_;
   std::vector<ParamSpec> specs_;  // of the dense parameters, which come first
@@ -221,8 +275,10 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   bool closed_ = false;
   bool installed_ = false;  // whether the next three are the plan's
   std::vector<Bucket> buckets_;
-  at::Tensor loose_flags_;          // those that travel in no bucket; undefined if there are none
-  std::optional<Agreement> order_;  // of arrival in the first round, from rank 0
+  std::optional<c10::Stream> home_;  // that they were allocated on
+  std::vector<Wait> abandoned_;      // for collectives that may still write to them
+  at::Tensor loose_flags_;           // those that travel in no bucket; undefined if there are none
+  std::optional<Agreement> order_;   // of arrival in the first round, from rank 0
   bool order_is_learned_ = false;
   bool counts_are_learned_ = false;  // a round has ended well on this rank
   Schedule schedule_;                // of the plan

@@ -9,9 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/dtype.h"
 #include "core/plan.h"
-#include "kernels/flatten.h"
+#include "kernels/scale.h"
+#include "torch/dtype.h"
 
 namespace fastddp {
 
@@ -34,31 +34,43 @@ inline at::Tensor resolved(const at::Tensor& grad) {
 }
 
 // Whether the two hold their elements in the same places, so that one flat loop runs over both.
-inline bool runs_flat(const at::Tensor& slot, const at::Tensor& grad) {
-  return slot.is_cpu() && grad.is_cpu() && slot.scalar_type() == grad.scalar_type() &&
-         slot.sizes() == grad.sizes() && slot.strides() == grad.strides() &&
-         slot.is_non_overlapping_and_dense() &&
-         (grad.numel() < kParallelNumel || at::get_num_threads() == 1);
+inline bool lies_like(const at::Tensor& place, const at::Tensor& grad) {
+  return place.sizes() == grad.sizes() && place.strides() == grad.strides() &&
+         place.is_non_overlapping_and_dense();
 }
 
-// slot = grad * scale
-inline void write(DType dtype, const at::Tensor& slot, const at::Tensor& lazy_grad, double scale) {
-  const at::Tensor grad = resolved(lazy_grad);
-  if (runs_flat(slot, grad)) {
-    scale_copy(dtype, slot.data_ptr(), grad.const_data_ptr(), real_numel(grad), scale);
+inline bool runs_flat(const at::Tensor& place, const at::Tensor& grad) {
+  const auto to = dtype_of(place.scalar_type()), from = dtype_of(grad.scalar_type());
+  return place.is_cpu() && grad.is_cpu() && to && from && converts(*from, *to) &&
+         lies_like(place, grad) && (grad.numel() < kParallelNumel || at::get_num_threads() == 1);
+}
+
+// A gradient that changes its dtype is scaled in float.
+inline at::Tensor widened(const at::Tensor& grad, const at::Tensor& place) {
+  const bool is_cast = grad.scalar_type() != place.scalar_type();
+  return is_cast && grad.element_size() < 4 ? grad.to(at::kFloat) : grad;
+}
+
+// place = grad * scale, where `place` is real.
+inline void write(const at::Tensor& place, const at::Tensor& lazy_grad, double scale) {
+  const at::Tensor grad = as_real(resolved(lazy_grad));
+  if (runs_flat(place, grad)) {
+    scale_copy(*dtype_of(place.scalar_type()), place.data_ptr(), *dtype_of(grad.scalar_type()),
+               grad.const_data_ptr(), static_cast<std::size_t>(grad.numel()), scale);
   } else {
-    auto out = as_real(slot);
-    at::mul_out(out, as_real(grad), at::native::wrapped_scalar_tensor(scale));
+    at::Tensor out = place;
+    at::mul_out(out, widened(grad, place), at::native::wrapped_scalar_tensor(scale));
   }
 }
 
-// slot += grad * scale
-inline void add(DType dtype, const at::Tensor& slot, const at::Tensor& lazy_grad, double scale) {
-  const at::Tensor grad = resolved(lazy_grad);
-  if (runs_flat(slot, grad)) {
-    scale_add(dtype, slot.data_ptr(), grad.const_data_ptr(), real_numel(grad), scale);
+// place += grad * scale, where `place` is real.
+inline void add(const at::Tensor& place, const at::Tensor& lazy_grad, double scale) {
+  const at::Tensor grad = as_real(resolved(lazy_grad));
+  if (runs_flat(place, grad)) {
+    scale_add(*dtype_of(place.scalar_type()), place.data_ptr(), *dtype_of(grad.scalar_type()),
+              grad.const_data_ptr(), static_cast<std::size_t>(grad.numel()), scale);
   } else {
-    as_real(slot).add_(as_real(grad).mul(scale));
+    place.add_(widened(grad, place).mul(scale));
   }
 }
 
@@ -79,6 +91,12 @@ inline at::Tensor make_slot(const at::Tensor& variable,
   at::AutoDispatchBelowADInplaceOrView guard;
   result.set_(flat.storage(), offset, sizes, strides);
   return result;
+}
+
+// The same part of another flat buffer, which may have another real dtype; shaped and strided as
+// the real `slot`.
+inline at::Tensor make_place(const at::Tensor& slot, const at::Tensor& wire, const SlotPlan& plan) {
+  return wire.as_strided(slot.sizes(), slot.strides(), plan.offset);
 }
 
 }  // namespace fastddp

@@ -41,7 +41,7 @@ class Stats(Protocol):
 
     @property
     def bytes_per_round(self) -> int:
-        """Bytes in all buckets; 0 before the first round."""
+        """Bytes that go into collectives; 0 before the first round."""
 
     @property
     def num_buckets(self) -> int:
@@ -141,6 +141,7 @@ def make_reducer(
     frozen: Sequence[torch.Tensor],
     group: ProcessGroup,
     caps_bytes: Sequence[int],
+    comm_dtype: torch.dtype | None = None,
 ) -> Reducer:
     """Hooks ``params`` and returns their reducer.
 
@@ -153,11 +154,13 @@ def make_reducer(
         frozen: the model's other parameters, see :meth:`Reducer.outgrown`.
         group: where to reduce. The reducer does not keep it alive.
         caps_bytes: see :func:`fastddp.plan.plan_buckets`; the same on every rank.
+        comm_dtype: what gradients are cast to for the all-reduce, but for float64 ones; None for
+            what they are. The same on every rank.
     """
     if name == "native":
         from fastddp.engine.native import NativeReducer
 
-        return NativeReducer(params, names, num_sparse, frozen, group, caps_bytes)
+        return NativeReducer(params, names, num_sparse, frozen, group, caps_bytes, comm_dtype)
     from fastddp.engine.python import PythonReducer
 
-    return PythonReducer(params, names, num_sparse, frozen, group, caps_bytes)
+    return PythonReducer(params, names, num_sparse, frozen, group, caps_bytes, comm_dtype)

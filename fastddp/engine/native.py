@@ -28,11 +28,18 @@ class NativeReducer:
         frozen: Sequence[torch.Tensor],
         group: ProcessGroup,
         caps_bytes: Sequence[int],
+        comm_dtype: torch.dtype | None = None,
     ) -> None:
         self._params = list(params)
         self._hook: BucketRunner | None = None
         self._reducer = _C.Reducer(
-            self._params, list(names), num_sparse, list(frozen), group, list(caps_bytes)
+            self._params,
+            list(names),
+            num_sparse,
+            list(frozen),
+            group,
+            list(caps_bytes),
+            comm_dtype,
         )
 
     @property

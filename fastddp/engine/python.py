@@ -4,7 +4,7 @@ One synchronised backward is a *round*. Its life:
 
 * it begins: ``_begin_round`` installs the plan if a new one is due and asks autograd to call back
   at the end of this backward.
-* each gradient: ``_take`` scales it into its slot, empties ``.grad`` and launches the buckets that
+* each gradient: ``_take`` scales it into its place, empties ``.grad`` and launches the buckets that
   are full, in plan order.
 * end of backward: ``_finish_round`` launches what is left, waits, and makes each ``.grad`` the
   reduced slot.
@@ -18,6 +18,10 @@ Every rank launches every bucket in every round, also those it has no gradient f
 sparse gradient, so ranks stay in step when they use different parameters or when one of them
 raises. ``.grad`` is empty while its bucket is in flight, so nothing but the collective can touch a
 launched bucket.
+
+On a GPU whatever touches a bucket waits for the streams that have touched it before, by events; the
+host waits for nothing but the flags of parameters that this rank has no gradient for. At the end of
+a round the stream that called backward is behind all of it.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.engine.schedule import Schedule
 from fastddp.hooks import BucketRunner, GradBucket, Wait
 from fastddp.plan import (
+    CAST_ALIGN_BYTES,
     PACKED_ALIGN_BYTES,
     SLOT_ALIGN_BYTES,
     BucketPlan,
@@ -49,6 +54,7 @@ from fastddp.plan import (
     Slot,
     plan_buckets,
 )
+from fastddp.streams import Touched, drain_current_stream, has_streams, is_capturing
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,8 @@ class _Place:
     """-1 for a sparse gradient, which has no place in one."""
     slot: torch.Tensor
     """Where its reduced gradient lies. For a sparse one, what the round makes of it."""
+    sent: torch.Tensor
+    """Where it lies to be reduced: the slot as real numbers, or its like in the bucket's wire."""
     flag: torch.Tensor
     """One element: whether any rank had a gradient."""
 
@@ -80,6 +88,9 @@ class _Memory:
     """An installed bucket."""
 
     flat: torch.Tensor
+    """What the slots are in."""
+    wire: torch.Tensor
+    """What is reduced: ``flat`` itself unless there is a dtype for communication."""
     flags: torch.Tensor
     """In its tail, so that they need no collective; or in the loose ones."""
     loan: Loan
@@ -101,6 +112,8 @@ class _Round:
     """By bucket, gradients still to come."""
     is_early: bool
     """Whether buckets are launched as they fill."""
+    touched: list[Touched]
+    """By bucket; the last is of the sparse gradients."""
     begin: float = field(default_factory=time.perf_counter)
     next_bucket: int = 0
     taken: Counter[int] = field(default_factory=Counter)
@@ -122,6 +135,7 @@ class PythonReducer:
         frozen: Sequence[torch.Tensor],
         group: ProcessGroup,
         caps_bytes: Sequence[int],
+        comm_dtype: torch.dtype | None = None,
     ) -> None:
         self.sync = True
         self._closed = False
@@ -129,7 +143,11 @@ class PythonReducer:
         self._loose_flags: _Memory | None = None  # those that travel in no bucket
         self._memory: list[_Memory] = []
         self._installed = False  # whether these two are the plan's
+        self._home: torch.Stream | None = None  # that they were allocated on
+        self._abandoned: list[Wait] = []  # for collectives that may still write to them
         self._params = list(params)
+        self._device = params[0].device if params else torch.device("cpu")
+        self._comm_dtype = comm_dtype
         self._names = list(names)
         self._num_dense = len(params) - num_sparse
         self._frozen = list(frozen)
@@ -151,6 +169,7 @@ class PythonReducer:
         # replaces or drops it.
         self._accumulated: dict[int, tuple[int, Any]] = {}
         self._expected = [1] * len(self._params)  # gradients per round: the most there have been
+        self._used = [True] * len(self._params)  # by any rank, when a flag was last read
         # What the ranks agree on between two rounds, on its way: the order of arrival in the first
         # round, and how long rounds take.
         self._order: tuple[torch.Tensor, Work] | None = None
@@ -250,6 +269,7 @@ class PythonReducer:
             self._flush(current, waits=True)
             for launch in range(len(current.waits)):
                 self._wait_for(current, launch)
+                self._cast_back(launch)
             wait_us = (time.perf_counter() - start) * 1e6
         except BaseException:
             self._installed = False  # a collective may still write to the buckets
@@ -275,6 +295,10 @@ class PythonReducer:
         # The backward's own exception is on its way to the user and says more than one of these.
         with contextlib.suppress(Exception):
             self._flush(current, waits=False)
+        # On a GPU memory is free for others as soon as it is dropped here, so it is held until the
+        # next round; on the CPU the transport holds it.
+        if has_streams(self._device):
+            self._abandoned += current.waits
         self._installed = False  # collectives still write to the buckets; the next gets its own
 
     def _accumulates(self) -> bool:
@@ -308,13 +332,24 @@ class PythonReducer:
 
     def _begin_round(self, is_shadow: bool = False) -> _Round:
         refuse_compiled_autograd()  # or gradients get lost without a word
-        self._await_agreements()
+        # What waits for the host, or allocates, has no place in a graph. All ranks capture alike,
+        # so agreements are put off on all of them.
+        captures = is_capturing(self._device)
+        if not captures:
+            self._await_agreements()
+        elif not self._installed:
+            raise RuntimeError(
+                f"fastddp: rank {self._rank}: a graph is being captured in the first synchronised"
+                " backward of this model, or the first after one that raised; run it two times"
+                " before the capture"
+            )
         if not self._installed:
             self._install_plan()
         return _Round(
             is_shadow,
             missing=[len(bucket.slots) for bucket in self._plan.buckets],
             is_early=self._schedule.begin() or not self._may_launch_late,
+            touched=[Touched() for _ in range(len(self._plan.buckets) + 1)],
         )
 
     def _await_agreements(self) -> None:
@@ -344,6 +379,11 @@ class PythonReducer:
         at_end_of_backward(lambda ok: self._finish_round() if ok else self._abandon_round())
 
     def _install_plan(self) -> None:
+        abandoned, self._abandoned = self._abandoned, []
+        for wait in abandoned:
+            with contextlib.suppress(RuntimeError):  # of a backward that raised anyway
+                wait()
+        drain_current_stream(self._device)  # whatever stream the old buckets were used on
         self._places.clear()  # frees the old buckets before the new are allocated
         self._memory.clear()
         num_sparse = len(self._params) - self._num_dense
@@ -354,24 +394,34 @@ class PythonReducer:
             loose = self._allocate(num_loose, torch.float32)
         next_flag = 0
         for index, bucket in enumerate(self._plan.buckets):
-            flat = self._allocate(bucket.numel, bucket.dtype)
+            flat = wire = self._allocate(bucket.numel, self._wire_dtype(bucket.dtype))
+            if wire.dtype != bucket.dtype:
+                flat = torch.zeros_like(wire, dtype=bucket.dtype)
             if self._hook is None:
-                flags = flat.narrow(0, bucket.flags_offset, len(bucket.slots))
+                flags = wire.narrow(0, bucket.flags_offset, len(bucket.slots))
             else:
                 flags = loose.narrow(0, next_flag, len(bucket.slots))
                 next_flag += len(bucket.slots)
             for nth, slot in enumerate(bucket.slots):
                 view = _make_slot(self._params[slot.param], flat, slot, self._hook is not None)
-                self._places[slot.param] = _Place(index, view, flags[nth])
-            self._memory.append(_Memory(flat, flags, Loan(flat)))  # last: views refer to it too
+                sent = wire.as_strided(_real(view).shape, _real(view).stride(), slot.offset)
+                self._places[slot.param] = _Place(index, view, sent, flags[nth])
+            # The loan last: views refer to the tensor too.
+            self._memory.append(_Memory(flat, wire, flags, Loan(wire)))
         for index in range(self._num_dense, len(self._params)):
-            self._places[index] = _Place(-1, _empty_sparse(self._params[index]), loose[next_flag])
+            empty = _empty_sparse(self._params[index])
+            self._places[index] = _Place(-1, empty, empty, loose[next_flag])
             next_flag += 1
         if num_loose:
-            self._loose_flags = _Memory(loose, loose, Loan(loose))
+            self._loose_flags = _Memory(loose, loose, loose, Loan(loose))
+        if has_streams(self._device):
+            self._home = torch.accelerator.current_stream(self._device)
+        drain_current_stream(self._device)  # other streams may be the first to write to the buckets
         self._installed = True
         self._stats = replace(
-            self._stats, bytes_per_round=self._plan.num_bytes, num_buckets=len(self._memory)
+            self._stats,
+            bytes_per_round=sum(memory.wire.nbytes for memory in self._memory),
+            num_buckets=len(self._memory),
         )
 
     def _take(self, current: _Round, index: int) -> None:
@@ -380,7 +430,9 @@ class PythonReducer:
         if grad is None:
             return
         taken = current.taken[index]
+        touched = current.touched[place.bucket]
         if index >= self._num_dense:
+            touched.by_current_after_all(self._device)
             scaled = _scale_sparse(grad, self._scale)
             place.slot = scaled if taken == 0 else place.slot + scaled
             current.taken[index] += 1
@@ -393,10 +445,12 @@ class PythonReducer:
                 " which is what is looked for when a model is wrapped"
             )
         if taken == 0:
-            _write(place.slot, grad, self._scale)
+            touched.by_current(self._device)
+            _write(place.sent, grad, self._scale)
             current.arrival.append(index)
         elif current.next_bucket <= place.bucket:
-            _real(place.slot).add_(_real(_resolved(grad)).mul(self._scale))
+            touched.by_current_after_all(self._device)
+            place.sent.add_(_widened(_real(_resolved(grad)), place.sent).mul(self._scale))
         else:
             raise RuntimeError(
                 f"fastddp: rank {self._rank}: parameter '{self._names[index]}' got gradient number"
@@ -422,13 +476,14 @@ class PythonReducer:
         """Fills in what this rank has no gradient for, then sends the next bucket on its way."""
         index = current.next_bucket
         bucket, memory = self._plan.buckets[index], self._memory[index]
+        current.touched[index].by_current_after_all(self._device)
         memory.flags.fill_(1)
         for slot in bucket.slots:
             if slot.param not in current.taken:
                 self._add_bystander(current, slot.param)
         current.next_bucket += 1
         if self._hook is None:
-            current.waits.append(self._start_all_reduce(memory.flat, waits))
+            current.waits.append(self._start_all_reduce(memory.wire, waits))
             return
         gradients = memory.flat.narrow(0, 0, bucket.flags_offset)
         current.waits.append(
@@ -442,6 +497,7 @@ class PythonReducer:
 
     def _launch_sparse(self, current: _Round, index: int) -> None:
         place = self._places[index]
+        current.touched[place.bucket].by_current_after_all(self._device)
         place.flag.fill_(1)
         if index not in current.taken:
             self._add_bystander(current, index)
@@ -488,11 +544,11 @@ class PythonReducer:
             old = grad.clone()
         if grad is None or current.is_shadow:
             if is_dense:
-                place.slot.zero_()
+                place.sent.zero_()
             else:
                 place.slot = _empty_sparse(param)
         elif is_dense:
-            _write(place.slot, grad, self._scale)
+            _write(place.sent, grad, self._scale)
         else:
             place.slot = _scale_sparse(grad, self._scale)
         if accumulated:
@@ -510,6 +566,8 @@ class PythonReducer:
                 wait()
             current.waits.clear()
         if self._loose_flags is not None:
+            for touched in current.touched:
+                touched.by_current_after_all(self._device)
             current.waits.append(self._start_all_reduce(self._loose_flags.flat))
         if not self._order_is_learned:
             self._agree_on_order(current)
@@ -526,7 +584,7 @@ class PythonReducer:
         """Starts to send rank 0's arrival order to all; the next round begins with its plan."""
         slots = (slot.param for bucket in self._plan.buckets for slot in bucket.slots)
         rest = [index for index in slots if index not in current.taken]
-        order = torch.tensor(current.arrival + rest, device=self._params[0].device)
+        order = torch.tensor(current.arrival + rest, device=self._device)
         with without_context():
             self._order = order, self._group().broadcast([order])
         self._order_is_learned = True
@@ -547,24 +605,53 @@ class PythonReducer:
                 f" {error}"
             ) from error
 
+    def _cast_back(self, launch: int) -> None:
+        """Brings what was reduced in another dtype to where gradients are."""
+        if self._hook is None and launch < len(self._memory):
+            memory = self._memory[launch]
+            if memory.wire is not memory.flat:
+                memory.flat.copy_(memory.wire)
+
     def _hand_out(self, current: _Round) -> None:
         self._accumulated.clear()
         for index, param in enumerate(self._params):
             self._expected[index] = max(self._expected[index], current.taken[index])
             param.grad = self._places[index].slot
         self._counts_are_learned |= not current.is_shadow
+        self._read_flags(current)
         for bystander in current.bystanders:
-            # Reading a flag from a device waits for it, which only a rank without a gradient does.
-            if self._places[bystander.param].flag.item():
+            if self._used[bystander.param]:
                 continue
             self._params[bystander.param].grad = bystander.grad
             if self._stats.rounds == 0:
                 self._unused.append(self._names[bystander.param])
+        if self._home is None:
+            return
+        stream = torch.accelerator.current_stream(self._device)
+        if stream != self._home:  # `.grad` is going to be used here
+            for memory in self._memory:
+                memory.flat.record_stream(stream)
+                memory.wire.record_stream(stream)
+
+    def _read_flags(self, current: _Round) -> None:
+        """Reads, of the bystanders, whether any rank had a gradient; from a GPU all at once.
+
+        This is where the host waits, on a rank that has bystanders. A graph cannot: it goes by what
+        was read last.
+        """
+        if not current.bystanders or is_capturing(self._device):
+            return
+        params = [bystander.param for bystander in current.bystanders]
+        flags = torch.stack([self._places[param].flag for param in params])
+        for param, flag in zip(params, flags.tolist(), strict=True):
+            self._used[param] = flag != 0
 
     # ---- memory and names ------------------------------------------------------------------------
 
     def _replan(self, order: Sequence[int]) -> None:
-        align_bytes = SLOT_ALIGN_BYTES if self._hook is None else PACKED_ALIGN_BYTES
+        align_bytes = SLOT_ALIGN_BYTES if self._comm_dtype is None else CAST_ALIGN_BYTES
+        if self._hook is not None:
+            align_bytes = PACKED_ALIGN_BYTES
         plan = plan_buckets(self._specs, order, self._caps_bytes, align_bytes)
         self._schedule = Schedule()  # here, where all ranks are in the same round
         if plan != self._plan:
@@ -573,13 +660,18 @@ class PythonReducer:
 
     def _allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns zeroed memory, so that the padding between slots sums to zero for ever."""
-        device = self._params[0].device
+        device = self._device
         group = self._group()
         with contextlib.suppress(RuntimeError):  # not ready, as NCCL before its first collective
             backend = group._get_backend(device)
             if backend.supports_tensor_alloc(device):
                 return backend.allocate_tensor(numel, dtype=dtype, device=device).zero_()
         return torch.zeros(numel, dtype=dtype, device=device)
+
+    def _wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self._hook is not None or self._comm_dtype is None or dtype == torch.float64:
+            return dtype
+        return self._comm_dtype
 
     def _group(self) -> ProcessGroup:
         group = self._group_ref()
@@ -662,8 +754,14 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _write(slot: torch.Tensor, grad: torch.Tensor, scale: float) -> None:
-    torch.mul(_real(_resolved(grad)), scale, out=_real(slot))
+def _write(sent: torch.Tensor, grad: torch.Tensor, scale: float) -> None:
+    torch.mul(_widened(_real(_resolved(grad)), sent), scale, out=sent)
+
+
+def _widened(grad: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient in float if it is a smaller one that changes its dtype."""
+    is_cast = grad.dtype != sent.dtype
+    return grad.float() if is_cast and grad.element_size() < 4 else grad
 
 
 def _resolved(grad: torch.Tensor) -> torch.Tensor:

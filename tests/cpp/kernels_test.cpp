@@ -8,7 +8,7 @@
 
 #include "check.h"
 #include "core/half.h"
-#include "kernels/flatten.h"
+#include "kernels/scale.h"
 #include "kernels/stream.h"
 
 using fastddp::BFloat16;
@@ -52,7 +52,7 @@ TEST(copies_of_every_length_scale_and_stay_in_bounds) {
     std::vector<float> src(numel);
     std::vector<float> dst(numel + 2, -1.0f);
     for (std::size_t i = 0; i < numel; ++i) src[i] = static_cast<float>(i) * 3;
-    scale_copy(DType::kFloat32, dst.data() + 1, src.data(), numel, 1.0 / 3);
+    scale_copy(DType::kFloat32, dst.data() + 1, DType::kFloat32, src.data(), numel, 1.0 / 3);
     CHECK(dst.front() == -1.0f && dst.back() == -1.0f);
     for (std::size_t i = 0; i < numel; ++i)
       CHECK(dst[i + 1] == src[i] * static_cast<float>(1.0 / 3));
@@ -61,7 +61,7 @@ TEST(copies_of_every_length_scale_and_stay_in_bounds) {
 
 TEST(scaling_in_place_is_allowed) {
   std::vector<double> values{2, 4, 6};
-  scale_copy(DType::kFloat64, values.data(), values.data(), values.size(), 0.5);
+  scale_copy(DType::kFloat64, values.data(), DType::kFloat64, values.data(), values.size(), 0.5);
   CHECK((values == std::vector<double>{1, 2, 3}));
 }
 
@@ -69,13 +69,13 @@ TEST(adding_rounds_the_product_before_the_sum) {
   // A fused multiply-add would give 2^-24 + 2^-48 more than this.
   float sum = 1.0f;
   const float value = 1.0f + 0x1p-23f;
-  scale_add(DType::kFloat32, &sum, &value, 1, 0x1p-1 + 0x1p-24);
+  scale_add(DType::kFloat32, &sum, DType::kFloat32, &value, 1, 0x1p-1 + 0x1p-24);
   const float product = value * static_cast<float>(0x1p-1 + 0x1p-24);
   CHECK(sum == 1.0f + product);
 
   std::uint16_t brain_sum = fastddp::to_bfloat16(1.0f).bits;
   const std::uint16_t brain_value = fastddp::to_bfloat16(3.0f).bits;
-  scale_add(DType::kBFloat16, &brain_sum, &brain_value, 1, 1.0 / 3);
+  scale_add(DType::kBFloat16, &brain_sum, DType::kBFloat16, &brain_value, 1, 1.0 / 3);
   CHECK(fastddp::to_float(BFloat16{brain_sum}) == 2.0f);
 }
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fastddp
+from tests.conftest import flattening
 
 # ---- the model -----------------------------------------------------------------------------------
 
@@ -282,6 +283,10 @@ MAY_RAISE = "got gradient number"
 """Of the error that re-entrant checkpoints may lead to, see docs/compatibility.md."""
 
 
+FLATTENING = "flattening"
+"""Names the native engine as it fills buckets on a GPU."""
+
+
 def run(
     rank: int, world_size: int, programs: Sequence[Program], jobs: Sequence[Sequence[str]]
 ) -> list[list[Trace]]:
@@ -293,6 +298,9 @@ def run(
 
 
 def _run(rank: int, program: Program, engine: str) -> Trace:
+    if engine == FLATTENING:
+        with flattening():
+            return _run(rank, program, "native")
     model = Model(program.params, program.terms)
     ours = fastddp.DistributedDataParallel(
         model,

@@ -1,7 +1,8 @@
 """Random training programs, on two and three ranks: what a program does to `.grad`, checked.
 
-Each program runs with the native engine, the Python engine and both in one job. The first two must
-agree with the oracle of `tests/parity/oracle.py`, and all of them bit for bit with each other.
+Each program runs with the Python engine, the native one, that as it fills buckets on a GPU, and two
+engines in one job. Each must agree with the oracle of `tests/parity/oracle.py`, and all of them bit
+for bit with each other.
 
 FASTDDP_PROPERTY_EXAMPLES=2000 tries that many examples, new ones each time, instead of a few that
 are always the same, and looks for the smallest program that fails.
@@ -23,6 +24,7 @@ from tests.conftest import require_native
 from tests.parity.checks import bits
 from tests.parity.oracle import Oracle
 from tests.parity.programs import (
+    FLATTENING,
     NOT_DENSE,
     SHAPES,
     USES,
@@ -134,7 +136,7 @@ def jobs(world_size: int) -> list[list[str]]:
     if extension.load() is None:
         return [["python"] * world_size]
     mixed = [("native", "python")[rank % 2] for rank in range(world_size)]
-    return [["python"] * world_size, ["native"] * world_size, mixed]
+    return [*([name] * world_size for name in ("python", "native", FLATTENING)), mixed]
 
 
 def check(programs: list[Program], world_size: int) -> None:

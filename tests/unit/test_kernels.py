@@ -48,7 +48,7 @@ def test_scale_add_is_torchs_mul_then_add(dtype, numel, seed, scale):
 def test_what_does_not_fit_is_refused():
     from fastddp import _C
 
-    with pytest.raises(ValueError, match="one shape and dtype"):
+    with pytest.raises(ValueError, match="one shape"):
         _C.scale_copy(torch.zeros(2), torch.zeros(3), 1.0)
     with pytest.raises(TypeError, match="floating point"):
         _C.scale_copy(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 1.0)

@@ -1,0 +1,39 @@
+// From the dtypes of a pass to the types of its kernel.
+#pragma once
+
+#include <stdexcept>
+
+#include "core/dtype.h"
+#include "kernels/element.h"
+
+namespace fastddp {
+
+template <typename T>
+struct TypeTag {
+  using Type = T;
+};
+
+template <typename Visit>
+void with_narrow_type(DType dtype, Visit visit) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return visit(TypeTag<float>{});
+    case DType::kFloat16:
+      return visit(TypeTag<KernelFloat16>{});
+    case DType::kBFloat16:
+      return visit(TypeTag<KernelBFloat16>{});
+    case DType::kFloat64:
+      throw std::invalid_argument("float64 can only be moved from and to float64");
+  }
+}
+
+// Calls visit(TypeTag<Source>, TypeTag<Target>).
+template <typename Visit>
+void with_types(DType source, DType target, Visit visit) {
+  if (source == DType::kFloat64 && target == DType::kFloat64)
+    return visit(TypeTag<double>{}, TypeTag<double>{});
+  with_narrow_type(source,
+                   [&](auto from) { with_narrow_type(target, [&](auto to) { visit(from, to); }); });
+}
+
+}  // namespace fastddp

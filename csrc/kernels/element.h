@@ -1,0 +1,72 @@
+// The element types as a kernel sees them, on the CPU and on a GPU: what each is computed in, how
+// it is widened to that, and how it is rounded from it (to the nearest, ties to even).
+//
+// The .cu files are C++17 and use the toolkit's 16-bit types, everything else those of core/half.h.
+// Both round to the same bits, but for which NaN a NaN becomes.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define FASTDDP_HOST_DEVICE __host__ __device__ __forceinline__
+#define FASTDDP_UNROLL _Pragma("unroll")
+#else
+#include "core/half.h"
+#define FASTDDP_HOST_DEVICE inline
+#define FASTDDP_UNROLL
+#endif
+
+namespace fastddp {
+
+template <typename T>
+struct Element {
+  using Compute = T;
+  static FASTDDP_HOST_DEVICE T widen(T value) { return value; }
+  static FASTDDP_HOST_DEVICE T round(T value) { return value; }
+};
+
+#if defined(__CUDACC__)
+
+using KernelFloat16 = __half;
+using KernelBFloat16 = __nv_bfloat16;
+
+// By name: torch builds with the toolkit's implicit conversions switched off.
+template <>
+struct Element<__half> {
+  using Compute = float;
+  static FASTDDP_HOST_DEVICE float widen(__half value) { return __half2float(value); }
+  static FASTDDP_HOST_DEVICE __half round(float value) { return __float2half_rn(value); }
+};
+
+template <>
+struct Element<__nv_bfloat16> {
+  using Compute = float;
+  static FASTDDP_HOST_DEVICE float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+  static FASTDDP_HOST_DEVICE __nv_bfloat16 round(float value) { return __float2bfloat16_rn(value); }
+};
+
+#else
+
+using KernelFloat16 = Float16;
+using KernelBFloat16 = BFloat16;
+
+template <>
+struct Element<Float16> {
+  using Compute = float;
+  static float widen(Float16 value) { return to_float(value); }
+  static Float16 round(float value) { return to_float16(value); }
+};
+
+template <>
+struct Element<BFloat16> {
+  using Compute = float;
+  static float widen(BFloat16 value) { return to_float(value); }
+  static BFloat16 round(float value) { return to_bfloat16(value); }
+};
+
+#endif
+
+template <typename T>
+using ComputeOf = typename Element<T>::Compute;
+
+}  // namespace fastddp

@@ -1,0 +1,34 @@
+#include "kernels/flatten_launches.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace fastddp {
+
+std::vector<FlattenLaunch> flatten_launches(const std::vector<Piece>& pieces,
+                                            DType piece,
+                                            DType source) {
+  const std::int64_t chunk = chunk_numel(source);
+  std::vector<FlattenLaunch> launches;
+  for (const Piece& whole : pieces) {
+    if (whole.numel < 0)
+      throw std::invalid_argument("a piece of " + std::to_string(whole.numel) + " elements");
+    auto* data = static_cast<char*>(whole.data);
+    for (std::int64_t begin = 0; begin < whole.numel; begin += kMaxSegmentNumel) {
+      if (launches.empty() || launches.back().segments.size() == kLargeTable) {
+        launches.push_back({{}, 0});
+        launches.back().segments.reserve(std::min<std::size_t>(pieces.size(), kLargeTable));
+      }
+      FlattenLaunch& launch = launches.back();
+      const std::int64_t numel = std::min(whole.numel - begin, kMaxSegmentNumel);
+      launch.segments.push_back(
+          {data, whole.offset + begin, static_cast<std::uint32_t>(numel), launch.num_blocks});
+      launch.num_blocks += static_cast<std::uint32_t>((numel + chunk - 1) / chunk);
+      if (data != nullptr) data += numel * static_cast<std::int64_t>(size_of(piece));
+    }
+  }
+  return launches;
+}
+
+}  // namespace fastddp

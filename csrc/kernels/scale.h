@@ -1,0 +1,28 @@
+// The pass that moves one gradient into its bucket on the CPU: copy, or add, with the scale by
+// 1 / world size and the cast to the bucket's dtype on the way.
+//
+// Arithmetic is that of torch's `mul` and `add` on the CPU: the scale is rounded to float (double
+// for float64), each operation rounds once, 16-bit types are computed in float. Built with
+// -ffp-contract=off: one fused multiply-add would break bit equality with the Python engine.
+#pragma once
+
+#include <cstddef>
+
+#include "core/dtype.h"
+
+namespace fastddp {
+
+// Whether there is a conversion: float64 only goes to float64.
+constexpr bool converts(DType from, DType to) {
+  return from == to || (from != DType::kFloat64 && to != DType::kFloat64);
+}
+
+// dst[i] = src[i] * scale. The two may be the same memory, but may not overlap in part.
+// Needs converts(from, to).
+void scale_copy(DType to, void* dst, DType from, const void* src, std::size_t numel, double scale);
+
+// dst[i] = dst[i] + (src[i] * scale), the product rounded first: to the dtype if there is but one,
+// else to float.
+void scale_add(DType to, void* dst, DType from, const void* src, std::size_t numel, double scale);
+
+}  // namespace fastddp

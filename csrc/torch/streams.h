@@ -1,0 +1,76 @@
+// Order among the streams of a device, in terms that hold for any accelerator; on the CPU, which
+// has none, nothing here does anything.
+//
+// Autograd runs a hook on the stream that its parameter's gradient belongs to, so one bucket may be
+// filled from several. Whoever reads it has to wait for each of them. (tests/streams)
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace fastddp {
+
+inline bool has_streams(c10::Device device) { return !device.is_cpu() && !device.is_meta(); }
+
+inline c10::Stream current_stream(c10::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+}
+
+// Returns once the device has done all that the current stream was given. Seldom: it stops the
+// host.
+inline void drain_current_stream(c10::Device device) {
+  if (has_streams(device))
+    c10::impl::VirtualGuardImpl(device.type()).synchronizeStream(current_stream(device));
+}
+
+// Whether what is launched now is recorded into a graph and not run.
+inline bool is_capturing(c10::Device device) {
+  if (!has_streams(device)) return false;
+  const auto ask = [device](const auto& guard) {
+    if constexpr (requires { guard.isStreamCapturing(current_stream(device)); }) {
+      return guard.isStreamCapturing(current_stream(device));
+    } else {
+      return false;  // an older torch, which has no such question
+    }
+  };
+  return ask(*c10::impl::getDeviceGuardImpl(device.type()));
+}
+
+// Keeps the memory of a tensor from being used anew before `stream` is done with it.
+inline void outlive(const at::Tensor& tensor, c10::Stream stream) {
+  at::Tensor handle = tensor;
+  handle.record_stream(stream);
+}
+
+// The streams that have worked on something.
+class Touched {
+ public:
+  void by_current(c10::Device device) {
+    if (!has_streams(device)) return;
+    const c10::Stream stream = current_stream(device);
+    if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end())
+      streams_.push_back(stream);
+  }
+
+  // Has the current stream wait for the others' work so far, and goes on as touched by it alone.
+  void by_current_after_all(c10::Device device) {
+    if (!has_streams(device)) return;
+    const c10::Stream stream = current_stream(device);
+    for (const c10::Stream& other : streams_) {
+      if (other == stream) continue;
+      c10::Event done(device.type());
+      done.record(other);
+      done.block(stream);
+    }
+    streams_.assign(1, stream);
+  }
+
+ private:
+  std::vector<c10::Stream> streams_;
+};
+
+}  // namespace fastddp

@@ -1,0 +1,177 @@
+"""`flatten` and `unflatten`: many tensors and one flat buffer, in one pass.
+
+What the reducer does with the gradients of a bucket, for everybody. On a GPU it is one kernel
+launch (of the extension; torch's operators, one by one, where it has no CUDA), on the CPU one loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastddp import config, extension
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def flatten(
+    tensors: Sequence[Tensor],
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+    offsets: Sequence[int] | None = None,
+    moments: Tensor | None = None,
+) -> Tensor:
+    """Copies tensors into a flat buffer, scaled and cast.
+
+    Each element is widened to float32, multiplied by ``scale`` and rounded once to the buffer's
+    dtype. A 16-byte boundary for every tensor, in both places, lets memory be read and written in
+    the widest units there are.
+
+    Args:
+        tensors: at least one; any shapes, one device, and one dtype of float32, float64, float16
+            and bfloat16.
+        out: the buffer, of one dimension, contiguous; a new one by default. Elements between the
+            tensors are left alone, in a new one zero.
+        dtype: of a new buffer, by default the tensors'. float64 only goes with float64.
+        scale: a factor.
+        offsets: where in the buffer each begins, in elements and without overlap; by default one
+            after the other.
+        moments: two float64 elements on the same device that get the sum of the squares of all
+            values written, and 1 if they are all finite, else 0. Equal inputs give equal bits.
+
+    Returns:
+        The buffer.
+
+    Raises:
+        ValueError: if shapes, devices or offsets do not fit.
+        TypeError: for other dtypes.
+    """
+    places = _places(tensors, offsets)
+    if out is None:
+        end = max(place + tensor.numel() for place, tensor in zip(places, tensors, strict=True))
+        kind = tensors[0].dtype if dtype is None else dtype
+        make = torch.empty if offsets is None else torch.zeros
+        out = make(end, dtype=kind, device=tensors[0].device)
+    _check(out, tensors, places, moments)
+    native = _native(out)
+    if native is not None:
+        contiguous = [tensor.detach().contiguous() for tensor in tensors]
+        native.flatten(out, contiguous, places, scale, moments)
+        torch.autograd.graph.increment_version(out)
+        return out
+    pieces = [out.narrow(0, place, t.numel()) for place, t in zip(places, tensors, strict=True)]
+    for piece, tensor in zip(pieces, tensors, strict=True):
+        torch.mul(_widened(tensor, out), scale, out=piece.view(tensor.shape))
+    if moments is not None:
+        squares = [piece.double().square().sum() for piece in pieces]
+        finite = [piece.isfinite().all() for piece in pieces]
+        moments[0], moments[1] = torch.stack(squares).sum(), torch.stack(finite).all()
+    return out
+
+
+@torch.no_grad()
+def unflatten(
+    flat: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    scale: float = 1.0,
+    offsets: Sequence[int] | None = None,
+) -> None:
+    """Copies a flat buffer's parts into tensors, scaled and cast: the inverse of :func:`flatten`.
+
+    Args:
+        flat: the buffer, of one dimension, contiguous.
+        tensors: as there, not overlapping in memory. Written in place.
+        scale: a factor.
+        offsets: as there.
+
+    Raises:
+        ValueError, TypeError: as there.
+    """
+    places = _places(tensors, offsets)
+    _check(flat, tensors, places, None)
+    native = _native(flat)
+    if native is not None and all(tensor.is_contiguous() for tensor in tensors):
+        native.unflatten(flat, [tensor.detach() for tensor in tensors], places, scale)
+        torch.autograd.graph.increment_version(tensors)
+        return
+    for place, tensor in zip(places, tensors, strict=True):
+        piece = flat.narrow(0, place, tensor.numel()).view(tensor.shape)
+        torch.mul(_widened(piece, tensor), scale, out=tensor)
+
+
+def _places(tensors: Sequence[Tensor], offsets: Sequence[int] | None) -> list[int]:
+    if not tensors:
+        raise ValueError("fastddp: expected at least one tensor")
+    if offsets is None:
+        return [0, *accumulate(tensor.numel() for tensor in tensors)][:-1]
+    if len(offsets) != len(tensors):
+        raise ValueError(f"fastddp: {len(tensors)} tensors, but {len(offsets)} offsets")
+    return list(offsets)
+
+
+def _check(
+    flat: Tensor, tensors: Sequence[Tensor], places: Sequence[int], moments: Tensor | None
+) -> None:
+    dtype, device = tensors[0].dtype, flat.device
+    for kind in (dtype, flat.dtype):
+        if kind not in _DTYPES:
+            raise TypeError(
+                f"fastddp: expected floating-point tensors of up to 64 bits, got {kind}"
+            )
+    if dtype != flat.dtype and torch.float64 in (dtype, flat.dtype):
+        raise TypeError(
+            f"fastddp: no conversion between tensors of {dtype} and a flat buffer of {flat.dtype};"
+            " float64 only goes with float64"
+        )
+    if flat.dim() != 1 or not flat.is_contiguous():
+        raise ValueError(
+            "fastddp: the flat buffer must have one dimension and be contiguous, got shape"
+            f" {tuple(flat.shape)} and strides {flat.stride()}"
+        )
+    for index, tensor in enumerate(tensors):
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"fastddp: tensor {index} is {tensor.dtype} on {tensor.device}, expected {dtype} on"
+                f" {device} as the others and the flat buffer"
+            )
+    ends = sorted(
+        (place, place + tensor.numel())
+        for place, tensor in zip(places, tensors, strict=True)
+        if tensor.numel()
+    )
+    if ends and (ends[0][0] < 0 or ends[-1][1] > flat.numel()):
+        raise ValueError(
+            f"fastddp: the tensors take elements {ends[0][0]} to {ends[-1][1]} of a flat buffer"
+            f" that has {flat.numel()}"
+        )
+    for (_, end), (begin, _) in pairwise(ends):
+        if begin < end:
+            raise ValueError(f"fastddp: two tensors overlap at element {begin} of the flat buffer")
+    if moments is not None and (
+        moments.dtype != torch.float64 or moments.shape != (2,) or moments.device != device
+    ):
+        raise ValueError(
+            f"fastddp: moments must be 2 float64 elements on {device}, got {moments.dtype} of shape"
+            f" {tuple(moments.shape)} on {moments.device}"
+        )
+
+
+def _native(flat: Tensor) -> ModuleType | None:
+    """Returns the extension if it has a kernel for this device and is not to be left alone."""
+    module = None if config.engine() == "python" else extension.load()
+    if module is None or not (flat.is_cpu or (flat.is_cuda and module.has_cuda)):
+        return None
+    return module
+
+
+def _widened(source: Tensor, target: Tensor) -> Tensor:
+    is_cast = source.dtype != target.dtype
+    return source.float() if is_cast and source.element_size() < 4 else source
