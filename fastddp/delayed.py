@@ -197,9 +197,11 @@ class DelayedReducer:
         settle([flat.loan])
 
     def _hand_out(self, flat: _Flat) -> None:
-        for param, piece, flag in zip(flat.params, flat.pieces, flat.flags, strict=True):
-            # Reading a flag from a device waits for it, which only a rank without a gradient does.
-            if param.grad is None and not flag.item():
+        # Reading flags from a device waits for it, which only a rank without a gradient does.
+        reads = any(param.grad is None for param in flat.params)
+        flags = flat.flags.tolist() if reads else [1.0] * len(flat.params)
+        for param, piece, flag in zip(flat.params, flat.pieces, flags, strict=True):
+            if param.grad is None and not flag:
                 continue
             if param.grad is None or param.grad.is_sparse or param.grad.is_conj():
                 param.grad = torch.empty_like(param)

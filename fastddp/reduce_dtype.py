@@ -63,9 +63,7 @@ class ReduceInDtype:
                     f" failed (its first parameter has shape {tuple(first.shape)}): {error}"
                 ) from error
             with torch.no_grad():
-                sent.div_(num_ranks)
-                if sent is not gradients:
-                    gradients.copy_(sent)
+                torch.div(sent, num_ranks, out=gradients)  # rounded to the dtype of `sent` first
             self._settle(index)
 
         return wait

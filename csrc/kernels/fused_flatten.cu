@@ -41,7 +41,7 @@ __device__ Moments add_threads(const Moments& value) {
 // Four blocks of 64 registers a thread fill a multiprocessor's registers, and are enough threads.
 template <typename Src, typename Dst, bool kMoments, std::uint32_t kSegments>
 __global__ void __launch_bounds__(kBlockThreads, 4)
-    move_kernel(const __grid_constant__ MoveArgs<ComputeOf<Src>, kSegments> args) {
+    move_kernel(const MoveArgs<ComputeOf<Src>, kSegments> __grid_constant__ args) {
   const auto chunk =
       find_chunk<Src, Dst>(args.segments, args.num_segments, blockIdx.x, args.flat, args.to_flat);
   const auto share = move_chunk<kMoments>(chunk, threadIdx.x, args.scale);
