@@ -227,12 +227,12 @@ def _can_pack(grads: Sequence[Tensor | None]) -> bool:
 
 
 def _is_plain_memory(grad: Tensor | None) -> bool:
-    return (
-        type(grad) is Tensor
-        and _is_strided(grad)
-        and not is_functorch_wrapped_tensor(grad)
-        and not is_legacy_batchedtensor(grad)  # autograd.grad(..., is_grads_batched=True)
-    )
+    return type(grad) is Tensor and _is_strided(grad) and not _is_batched(grad)
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Returns whether it stands for many, as in ``autograd.grad(..., is_grads_batched=True)``."""
+    return is_functorch_wrapped_tensor(grad) or is_legacy_batchedtensor(grad)
 
 
 def _sum(grads: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
@@ -240,7 +240,8 @@ def _sum(grads: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
     total = None
     for grad in grads:
         if grad is not None:
-            moved = grad.to(device, non_blocking=True)
+            with _behind(device, [grad]):
+                moved = grad.to(device, non_blocking=True)
             total = moved if total is None else total + moved
     return total
 
@@ -278,7 +279,9 @@ def _behind(device: torch.device, grads: Sequence[Tensor]) -> Iterator[None]:
         stream.wait_stream(torch.accelerator.current_stream(device))
         yield
         for grad in grads:  # may be of another stream, which must not reuse the memory too early
-            grad.record_stream(stream)
+            if not _is_batched(grad):
+                for memory in (grad._indices(), grad._values()) if grad.is_sparse else (grad,):
+                    memory.record_stream(stream)
 
 
 @torch.no_grad()

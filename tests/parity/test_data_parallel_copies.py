@@ -399,7 +399,7 @@ def test_gradients_of_copies_reach_the_parameter_in_replica_order() -> None:
 def test_another_device_packs_behind_the_fans_stream_and_keeps_what_it_reads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What this promises on GPUs is in `tests/gpu`; here, that it is said in this order."""
+    """That this order is the right one is shown in `tests/streams`; sparse gradients are not."""
     said: list[str] = []
 
     def stream(device: torch.device) -> Any:
@@ -413,18 +413,23 @@ def test_another_device_packs_behind_the_fans_stream_and_keeps_what_it_reads(
         yield
         said.append("device before")
 
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    dense, sparse = torch.ones(2), torch.eye(2).to_sparse()
     monkeypatch.setattr(torch.accelerator, "current_stream", stream)
     monkeypatch.setattr(torch.accelerator, "device_index", device_index)
-    first, second = torch.device("cuda:0"), torch.device("cuda:1")
-    grad = SimpleNamespace(
-        device=second, record_stream=lambda stream: said.append(f"kept for {stream.name}")
+    monkeypatch.setattr(Tensor, "device", second)
+    monkeypatch.setattr(
+        Tensor,
+        "record_stream",
+        lambda memory, stream: said.append(f"{memory.dtype} kept for {stream.name}"),
     )
-    with _behind(first, [grad]):
+    with _behind(first, [dense, sparse]):
         said.append("packed")
     assert said == [
-        *("device 1", "cuda:1 after cuda:0", "packed", "kept for cuda:1", "device before")
+        *("device 1", "cuda:1 after cuda:0", "packed", "torch.float32 kept for cuda:1"),
+        *("torch.int64 kept for cuda:1", "torch.float32 kept for cuda:1", "device before"),
     ]
     said.clear()
-    with _behind(second, [grad]):
+    with _behind(second, [dense]):
         said.append("packed")
     assert said == ["packed"], "autograd has made that stream wait"
