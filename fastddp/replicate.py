@@ -166,7 +166,10 @@ def _buckets(params: Sequence[Tensor], copied: bool) -> list[list[int]]:
     together = [
         index
         for index, param in enumerate(params)
-        if copied and param.requires_grad and _is_strided(param) and param.dtype in FUSED_DTYPES
+        if copied
+        and param.requires_grad
+        and _has_plain_memory(param)
+        and param.dtype in FUSED_DTYPES
     ]
     alone = sorted(set(range(len(params))) - set(together))
     specs = [ParamSpec.of(params[index]) for index in together]
@@ -176,8 +179,13 @@ def _buckets(params: Sequence[Tensor], copied: bool) -> list[list[int]]:
     return [*buckets, *([index] for index in alone)]
 
 
-def _is_strided(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized
+def _has_plain_memory(tensor: Tensor) -> bool:
+    """Returns whether it is plain memory: not sparse, quantized, or made of other tensors."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
 
 
 class _Fan(torch.autograd.Function):
@@ -223,11 +231,9 @@ class _Fan(torch.autograd.Function):
 
 def _can_pack(grads: Sequence[Tensor | None]) -> bool:
     """Returns whether gradients are plain memory, and nothing records what is done to them."""
-    return not torch.is_grad_enabled() and all(_is_plain_memory(grad) for grad in grads)
-
-
-def _is_plain_memory(grad: Tensor | None) -> bool:
-    return type(grad) is Tensor and _is_strided(grad) and not _is_batched(grad)
+    return not torch.is_grad_enabled() and all(
+        grad is not None and _has_plain_memory(grad) and not _is_batched(grad) for grad in grads
+    )
 
 
 def _is_batched(grad: Tensor) -> bool:
@@ -293,7 +299,7 @@ def fused_copies(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> 
     by_dtype: dict[torch.dtype, list[int]] = {}
     copies = [list(tensors) for _ in devices]
     for index, tensor in enumerate(tensors):
-        if _is_strided(tensor):
+        if _has_plain_memory(tensor):
             by_dtype.setdefault(tensor.dtype, []).append(index)
         else:  # no plain memory to lay side by side
             for row, device in zip(copies, devices, strict=True):

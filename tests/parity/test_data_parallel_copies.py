@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddp
@@ -85,6 +86,17 @@ def test_copies_lie_in_memory_as_what_they_copy() -> None:
     assert turned.stride() == (1, 4)
     assert pictures.is_contiguous(memory_format=torch.channels_last)
     assert gapless.is_contiguous()
+
+
+def test_a_tensor_made_of_others_is_copied_by_itself() -> None:
+    both = TwoTensor(torch.ones(3), torch.zeros(3))
+    [[plain, copied]] = fused_copies([torch.ones(2), both], [CPU])
+    assert type(plain) is Tensor
+    assert type(copied) is TwoTensor
+    assert copied.a.tolist() == [1.0, 1.0, 1.0]
+    assert copied.a.data_ptr() != both.a.data_ptr()
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(both)]
+    assert _buckets(params, True) == [[0], [1]]
 
 
 class _Transfers(TorchDispatchMode):
