@@ -57,7 +57,8 @@ class Loan:
     last reference, the thread would need the GIL to free the Python object, perhaps just when the
     main thread holds it and joins the thread (``destroy_process_group``), or ends the interpreter:
     a deadlock or an abort. So whoever lends a tensor settles the loan before dropping it. Tensors
-    that only C++ has seen need none of this.
+    that only C++ has seen need none of this, and nor do those on a GPU: NCCL's watchdog leaves
+    tensors to the threads that call it.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -66,6 +67,8 @@ class Loan:
 
     def is_settled(self) -> bool:
         """Returns whether the transport has let go."""
+        if not self._tensor.is_cpu:
+            return True
         return self._tensor._use_count() <= self._references  # type: ignore[attr-defined,no-any-return]
 
 
@@ -142,7 +145,10 @@ class BroadcastBuffer:
 
 
 def communication_device(group: ProcessGroup) -> torch.device:
-    """Returns a device that the group can communicate from: the CPU where it can."""
+    """Returns a device that the group can communicate from: the CPU where it can.
+
+    Else the current one of a type that it can; see :func:`fastddp.streams.on_device`.
+    """
     types = [device.type for device in group._device_types]
     return torch.device("cpu" if "cpu" in types else types[0])
 

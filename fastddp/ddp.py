@@ -25,6 +25,7 @@ from fastddp.logging_data import logging_data
 from fastddp.options import Options
 from fastddp.plan import BucketPlan, MiB
 from fastddp.replica import Replica
+from fastddp.streams import on_device
 
 
 class DistributedDataParallel(nn.parallel.DistributedDataParallel):
@@ -129,10 +130,12 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
             )
         except ValueError as error:
             if init_sync:  # ranks with better arguments would wait for this one
-                report_failure(group, error)
+                with on_device(_device_of(module)):
+                    report_failure(group, error)
             raise
         replica = Replica(module, group, options)
-        replica.start()
+        with on_device(_device_of(module)):
+            replica.start()
         self._assemble(module, replica)
 
     def _assemble(self, module: nn.Module, replica: Replica) -> None:
@@ -427,3 +430,7 @@ for _name in (
     *("_pre_forward", "_post_forward"),  # halves of forward, which torch's replicate() calls
 ):
     setattr(DistributedDataParallel, _name, _refused(_name))
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((param.device for param in module.parameters()), torch.device("cpu"))

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup, Work
 
 from fastddp.collectives import Loan, settle, without_context
 from fastddp.hooks import GradBucket, Wait
+from fastddp.streams import home_of, keep_for_current
 
 
 class ReduceInDtype:
@@ -49,6 +50,7 @@ class ReduceInDtype:
         self._settle(index)
         rank, num_ranks = group.rank(), group.size()
         sent = gradients.to(self._dtype)
+        home = home_of(sent.device)
         self._loans[index] = Loan(sent)
         with without_context():
             self._works[index] = group.allreduce([sent])
@@ -64,6 +66,7 @@ class ReduceInDtype:
                 ) from error
             with torch.no_grad():
                 torch.div(sent, num_ranks, out=gradients)  # rounded to the dtype of `sent` first
+            keep_for_current([sent], home)
             self._settle(index)
 
         return wait

@@ -7,6 +7,9 @@ same in C++.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -15,10 +18,39 @@ def has_streams(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one of its type in a ``with`` block.
+
+    A rank whose model is on its GPU may have left the first one current, as every rank has then;
+    NCCL refuses two ranks on one GPU.
+    """
+    if not has_streams(device):
+        return nullcontext()
+    return torch.accelerator.device_index(device.index)
+
+
 def drain_current_stream(device: torch.device) -> None:
     """Returns once the device has done all that the current stream was given."""
     if has_streams(device):
         torch.accelerator.current_stream(device).synchronize()
+
+
+def home_of(device: torch.device) -> torch.Stream | None:
+    """Returns the stream that memory allocated now belongs to; None where there are none."""
+    return torch.accelerator.current_stream(device) if has_streams(device) else None
+
+
+def keep_for_current(tensors: Iterable[torch.Tensor], home: torch.Stream | None) -> None:
+    """Keeps the memory of tensors from being used anew before the current stream is done with it.
+
+    Freed memory is used anew at once by the stream that it was allocated on, which is ``home``.
+    """
+    if home is None:
+        return
+    for tensor in tensors:
+        stream = torch.accelerator.current_stream(tensor.device)
+        if stream != home:
+            tensor.record_stream(stream)
 
 
 def is_capturing(device: torch.device) -> bool:

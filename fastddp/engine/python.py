@@ -54,7 +54,14 @@ from fastddp.plan import (
     Slot,
     plan_buckets,
 )
-from fastddp.streams import Touched, drain_current_stream, has_streams, is_capturing
+from fastddp.streams import (
+    Touched,
+    drain_current_stream,
+    has_streams,
+    home_of,
+    is_capturing,
+    keep_for_current,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,8 +421,7 @@ class PythonReducer:
             next_flag += 1
         if num_loose:
             self._loose_flags = _Memory(loose, loose, loose, Loan(loose))
-        if has_streams(self._device):
-            self._home = torch.accelerator.current_stream(self._device)
+        self._home = home_of(self._device)
         drain_current_stream(self._device)  # other streams may be the first to write to the buckets
         self._installed = True
         self._stats = replace(
@@ -625,13 +631,9 @@ class PythonReducer:
             self._params[bystander.param].grad = bystander.grad
             if self._stats.rounds == 0:
                 self._unused.append(self._names[bystander.param])
-        if self._home is None:
-            return
-        stream = torch.accelerator.current_stream(self._device)
-        if stream != self._home:  # `.grad` is going to be used here
-            for memory in self._memory:
-                memory.flat.record_stream(stream)
-                memory.wire.record_stream(stream)
+        if self._home is not None:  # `.grad` is going to be used here
+            buffers = [buffer for memory in self._memory for buffer in (memory.flat, memory.wire)]
+            keep_for_current(buffers, self._home)
 
     def _read_flags(self, current: _Round) -> None:
         """Reads, of the bystanders, whether any rank had a gradient; from a GPU all at once.

@@ -153,10 +153,12 @@ class Checker {
 
   void free(const Shadow& shadow) {
     const std::lock_guard lock(mutex_);
-    const Clock& home = clock(shadow.stream);
+    // The allocator waits for an event that it records now on each stream it was told of.
+    Clock reused = clock(shadow.stream);
+    for (const std::size_t stream : shadow.told) reused.join(clock(stream));
     for (const Access& access : shadow.accesses) {
       const Launch& use = access.launch;
-      if (home.at(use.stream) >= use.time || shadow.told.count(use.stream) != 0) continue;
+      if (reused.at(use.stream) >= use.time) continue;
       add("premature free", describe(shadow) + " was freed while " + describe(access) +
                                 " may still run: " + name(shadow.stream) +
                                 ", which reuses the memory, is not ordered after it");

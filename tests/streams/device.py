@@ -30,6 +30,9 @@ from typing import Any
 
 import torch
 
+from fastddp import streams
+from fastddp.engine import python as python_engine
+
 NAME = "standin"
 _HERE = Path(__file__).parent
 _SOURCES = ("standin.cpp", "checker.h")
@@ -146,6 +149,18 @@ def label(text: str) -> Iterator[None]:
 def note_end(ended: torch.Stream) -> None:
     """Lets the host know that all of a stream's work has ended, without its waiting for it."""
     _device.note_end(ended.stream_id)
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[None]:
+    """Says to whoever asks that a graph is being captured. What is launched runs all the same."""
+    _device.set_capturing(True)
+    python_engine.is_capturing = lambda _: True
+    try:
+        yield
+    finally:
+        _device.set_capturing(False)
+        python_engine.is_capturing = streams.is_capturing
 
 
 def num_launches() -> int:

@@ -18,6 +18,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <atomic>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -51,6 +52,7 @@ Checker& checker() {
 thread_local DeviceIndex current_device = 0;
 // By device. The default stream of a device has its number, and others leave its remainder.
 thread_local std::array<std::size_t, kNumDevices> current_streams{0, 1};
+std::atomic<bool> capturing{false};
 // Names what a test or the group of the tests does in several operators.
 thread_local std::vector<std::string> labels;
 
@@ -456,6 +458,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryStream(const Stream& stream) const override {
     return checker().host_knows(checker().record(as_id(stream)));
   }
+  // Not marked as an override: an older torch does not ask.
+  bool isStreamCapturing(const Stream& /*stream*/) const { return capturing; }
   void synchronizeStream(const Stream& stream) const override {
     wait_for_stream(as_id(stream), "stream.synchronize");
   }
@@ -537,6 +541,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("note_end", [](std::size_t stream) { checker().host_waits(checker().record(stream)); });
   m.def("num_devices", [] { return kNumDevices; });
   m.def("current_device", [] { return current_device; });
+  m.def("set_capturing", [](bool value) { capturing = value; });
   m.def("num_launches", [] { return checker().num_launches(); });
   m.def("take_findings", [] {
     std::vector<std::pair<std::string, std::string>> result;

@@ -397,6 +397,11 @@ def half_the_bytes_from_another_stream(engine: str) -> Trained:
     return _backward_from_another_stream(Trained(engine, Layers(), mixed_precision=mixed))
 
 
+def comm_dtype_from_another_stream(engine: str) -> Trained:
+    trained = Trained(engine, Layers(), comm_dtype=torch.bfloat16)
+    return _backward_from_another_stream(trained)
+
+
 def hook_of_torch_from_another_stream(engine: str) -> Trained:
     trained = Trained(engine, Layers())
     trained.model.register_comm_hook(trained.group, default_hooks.bf16_compress_hook)
@@ -420,14 +425,9 @@ PROGRAMS = (
     trained_on_another_stream,
     backward_from_another_stream,
     half_the_bytes_from_another_stream,
+    comm_dtype_from_another_stream,
     hook_of_torch_from_another_stream,
 )
-KNOWN_FAULTS = {
-    wrapped_after_a_forward: "a bucket that parameters on several streams have filled is launched"
-    " from one of them, which is not ordered after the others",
-    half_the_bytes_from_another_stream: "what is sent is allocated on the stream of forward and"
-    " freed after its use on that of backward, without record_stream",
-}
 
 
 # ---- tests ---------------------------------------------------------------------------------------
@@ -475,12 +475,10 @@ def outcomes(engine: str) -> dict[str, Outcome]:
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_every_use_is_ordered(
-    program: Callable[[str], Trained], outcomes: dict[str, Outcome], request: pytest.FixtureRequest
+    program: Callable[[str], Trained], outcomes: dict[str, Outcome]
 ) -> None:
     outcome = outcomes[program.__name__]
     assert outcome.error == ""
-    if program in KNOWN_FAULTS:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=KNOWN_FAULTS[program]))
     assert outcome.findings == []
 
 

@@ -1,0 +1,100 @@
+"""A round that is captured into a graph: nothing waits, nothing is allocated, or it says why not.
+
+The stand-in captures nothing; it only says that it does, which is what the engines go by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastddp
+from tests.ranks import run_ranks
+from tests.streams import device
+from tests.streams.group import RecordingGroup
+
+
+class Choosy(nn.Module):
+    """Uses one of two layers, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = nn.Linear(4, 4, bias=False)
+        self.seldom = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor, with_seldom: bool) -> Tensor:
+        y = self.always(x)
+        return y + self.seldom(x) if with_seldom else y
+
+
+def _wrapped(engine: str) -> tuple[fastddp.DistributedDataParallel, RecordingGroup]:
+    device.load()
+    group = RecordingGroup(size=4)
+    model = Choosy().to(device.NAME)
+    return fastddp.DistributedDataParallel(model, process_group=group, engine=engine), group
+
+
+def _backward(model: nn.Module, with_seldom: bool) -> list[str]:
+    """Returns where the host waited."""
+    loss = model(torch.ones(2, 4).to(device.NAME), with_seldom).sum()
+    device.host_syncs()
+    loss.backward()
+    return [sync.where for sync in device.host_syncs()]
+
+
+def _too_early(rank: int, world_size: int, engine: str) -> None:
+    model, _group = _wrapped(engine)
+    with (
+        device.capture(),
+        pytest.raises(RuntimeError, match="captured in the first synchronised backward"),
+    ):
+        _backward(model, True)
+    assert _backward(model, True) != []
+    assert model.module.always.weight.grad is not None
+
+
+def test_a_capture_needs_a_round_before_it(engine: str) -> None:
+    run_ranks(_too_early, 1, engine, init_group=False)
+
+
+def _steady(rank: int, world_size: int, engine: str, num_before: int) -> Any:
+    model, _group = _wrapped(engine)
+    for _ in range(num_before):
+        _backward(model, True)
+    buckets = model.plan()
+    addresses = [p.grad.data_ptr() for p in model.parameters()]
+    with device.capture():
+        assert _backward(model, True) == []
+    assert model.plan() == buckets
+    assert [p.grad.data_ptr() for p in model.parameters()] == addresses
+    assert len(device.findings()) == 0
+    # What was put off is made up for when nothing is captured any more.
+    for _ in range(2):
+        _backward(model, True)
+    assert model.module.always.weight.grad is not None
+    return model.stats().rounds
+
+
+@pytest.mark.parametrize("num_before", [1, 2, 3])
+def test_nothing_waits_in_a_captured_round(engine: str, num_before: int) -> None:
+    assert run_ranks(_steady, 1, engine, num_before, init_group=False) == [num_before + 3]
+
+
+def _unused(rank: int, world_size: int, engine: str) -> None:
+    model, _group = _wrapped(engine)
+    for _ in range(2):
+        model.zero_grad()
+        assert _backward(model, False) != [], "flags are read"
+    assert model.module.seldom.weight.grad is None
+    model.zero_grad()
+    with device.capture():
+        assert _backward(model, False) == []
+    assert model.module.seldom.weight.grad is None, "as it was found in the round before"
+    assert model.module.always.weight.grad is not None
+
+
+def test_a_captured_round_goes_by_the_flags_that_were_read_last(engine: str) -> None:
+    run_ranks(_unused, 1, engine, init_group=False)
