@@ -215,12 +215,6 @@ class Checker {
     const std::lock_guard lock(mutex_);
     return std::exchange(syncs_, {});
   }
-  std::size_t num_launches() {
-    const std::lock_guard lock(mutex_);
-    std::size_t sum = 0;
-    for (std::size_t i = 0; i < clocks_.size(); ++i) sum += clocks_[i].at(i);
-    return sum;
-  }
 
  private:
   // Of a stream, with what the host knows: whatever is launched now comes after it.
@@ -276,7 +270,8 @@ class Checker {
   }
 
   std::mutex mutex_;
-  std::vector<Clock> clocks_ = std::vector<Clock>(2);  // by stream; 0 and 1 are the devices' default ones
+  std::vector<Clock> clocks_ =
+      std::vector<Clock>(2);  // by stream; 0 and 1 are the devices' default ones
   std::map<std::size_t, std::string> names_{{0, "the default stream"},
                                             {1, "the second device's default stream"}};
   Clock host_;

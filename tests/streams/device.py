@@ -146,11 +146,6 @@ def label(text: str) -> Iterator[None]:
         _device.pop_label()
 
 
-def note_end(ended: torch.Stream) -> None:
-    """Lets the host know that all of a stream's work has ended, without its waiting for it."""
-    _device.note_end(ended.stream_id)
-
-
 @contextlib.contextmanager
 def capture() -> Iterator[None]:
     """Says to whoever asks that a graph is being captured. What is launched runs all the same."""
@@ -161,12 +156,6 @@ def capture() -> Iterator[None]:
     finally:
         _device.set_capturing(False)
         python_engine.is_capturing = streams.is_capturing
-
-
-def num_launches() -> int:
-    """Returns how many operators have run on the device."""
-    count: int = _device.num_launches()
-    return count
 
 
 def findings() -> list[Finding]:

@@ -1,5 +1,5 @@
-// Two devices for tests, on torch's PrivateUse1: memory of the host, operators that run at once on the
-// CPU, and streams and events that only tell a checker what was ordered. See checker.h.
+// Two devices for tests, on torch's PrivateUse1: memory of the host, operators that run at once on
+// the CPU, and streams and events that only tell a checker what was ordered. See checker.h.
 //
 // An operator comes to run_on_cpu(), where each of its tensors is replaced by a CPU tensor over the
 // same memory; the schema tells what it reads and writes.
@@ -13,12 +13,14 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
-#include <cstdlib>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <atomic>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -69,7 +71,6 @@ Stream as_stream(std::size_t id) {
                 static_cast<c10::StreamId>(id));
 }
 std::size_t as_id(const Stream& stream) { return static_cast<std::size_t>(stream.id()); }
-
 
 // Makes a device current for what is done here, as every operator does with that of its tensors.
 class OnDevice {
@@ -206,13 +207,20 @@ class Doubles {
     return result;
   }
 
-  // An operator may have made an output larger, which can give it other memory.
-  void follow_resizes() {
+  // An operator may have given an output another size, other memory (a larger one needs it) or
+  // another argument's storage.
+  void follow_changes(const Launch& launch) {
+    for (const auto& [ours, cpu] : storages_) {
+      if (cpu.data_ptr().get() == ours.data_ptr().get()) continue;
+      const std::size_t num_kept = std::min(ours.nbytes(), cpu.nbytes());
+      ours.set_data_ptr(take(cpu));
+      if (num_kept != 0) checker().write(block_of(ours.data_ptr())->shadow, {0, num_kept}, launch);
+      ours.set_nbytes(cpu.nbytes());
+    }
     for (const auto& [ours, cpu] : tensors_) {
-      if (ours.sizes() == cpu.sizes() && ours.strides() == cpu.strides()) continue;
       auto* const impl = ours.unsafeGetTensorImpl();
-      if (cpu.storage().data_ptr().get() != ours.storage().data_ptr().get())
-        impl->set_storage_keep_dtype(adopt(cpu.storage()));
+      for (const auto& [storage, double_] : storages_)
+        if (double_.is_alias_of(cpu.storage())) impl->set_storage_keep_dtype(storage);
       impl->set_sizes_and_strides(cpu.sizes(), cpu.strides(), cpu.storage_offset());
     }
   }
@@ -229,12 +237,15 @@ class Doubles {
     return cpu;
   }
 
+  // The memory of a storage of the CPU, as a block of the device's.
+  static at::DataPtr take(const c10::Storage& cpu) {
+    return make_block(cpu.set_data_ptr(at::DataPtr(nullptr, Device(DeviceType::CPU))),
+                      cpu.nbytes());
+  }
+
   static c10::Storage adopt(const c10::Storage& cpu) {
-    const std::size_t num_bytes = cpu.nbytes();
-    at::DataPtr memory = cpu.set_data_ptr(at::DataPtr(nullptr, Device(DeviceType::CPU)));
     return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
-        c10::StorageImpl::use_byte_size_t(), num_bytes, make_block(std::move(memory), num_bytes),
-        &allocator, true));
+        c10::StorageImpl::use_byte_size_t(), cpu.nbytes(), take(cpu), &allocator, true));
   }
 
   static at::Tensor like(const at::Tensor& cpu, const c10::Storage& storage) {
@@ -257,6 +268,9 @@ const std::unordered_set<std::string> kOverwrites{
 const std::unordered_set<std::string> kHostWaits{"aten::_local_scalar_dense", "aten::equal",
                                                  "aten::is_nonzero",          "aten::nonzero",
                                                  "aten::masked_select",       "aten::_unique2"};
+
+// Operators that only change what a tensor refers to.
+const std::unordered_set<std::string> kRefers{"aten::resize_", "aten::set_"};
 
 bool is_written(const c10::Argument& argument) {
   const auto* const alias = argument.alias_info();
@@ -318,6 +332,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const OnDevice guard_device(device_of(*stack, begin));
   const Launch now =
       launch(name + (schema.overload_name().empty() ? "" : ".") + schema.overload_name());
+  const bool refers = kRefers.count(name) != 0;
 
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     const auto& argument = arguments[i];
@@ -325,7 +340,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const bool is_overwritten =
         is_written(argument) && (argument.kwarg_only() || kOverwrites.count(name) != 0);
     for_each_tensor((*stack)[begin + i], [&](const at::Tensor& tensor) {
-      if (is_ours(tensor) && !is_view && !is_overwritten) note_read(tensor, now);
+      if (is_ours(tensor) && !refers && !is_view && !is_overwritten) note_read(tensor, now);
     });
   }
   Doubles doubles;
@@ -333,7 +348,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     c10::IValue& value = (*stack)[begin + i];
     for_each_tensor(value, [&](const at::Tensor& tensor) {
-      if (is_ours(tensor) && is_written(arguments[i])) written.push_back(tensor);
+      if (is_ours(tensor) && !refers && is_written(arguments[i])) written.push_back(tensor);
     });
     if (value.isDevice()) {
       value = Device(DeviceType::CPU);
@@ -345,7 +360,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     op.callBoxed(stack);
   }
-  doubles.follow_resizes();
+  doubles.follow_changes(now);
   for (const at::Tensor& tensor : written) note_write(tensor, now);
   for (std::size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
@@ -537,12 +552,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("push_label", [](std::string label) { labels.push_back(std::move(label)); });
   m.def("pop_label", [] { labels.pop_back(); });
-  // What only a transport's own thread finds out: that its stream has come this far.
-  m.def("note_end", [](std::size_t stream) { checker().host_waits(checker().record(stream)); });
   m.def("num_devices", [] { return kNumDevices; });
   m.def("current_device", [] { return current_device; });
   m.def("set_capturing", [](bool value) { capturing = value; });
-  m.def("num_launches", [] { return checker().num_launches(); });
   m.def("take_findings", [] {
     std::vector<std::pair<std::string, std::string>> result;
     for (Finding& one : checker().take_findings())
