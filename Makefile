@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A stamp per torch, so that another TORCH reinstalls and recompiles.
 TORCH_STAMP := $(VENV)/.have-$(subst /,_,$(subst =,_,$(TORCH)))
-CXX_FILES := $(wildcard csrc/*/* tests/cpp/* tests/cuda/* benchmarks/csrc/*)
+CXX_FILES := $(wildcard csrc/*/* tests/cpp/* tests/cpp/*/* tests/streams/* benchmarks/csrc/*)
 CMAKE := $(or $(shell command -v cmake),$(abspath $(BIN))/cmake)
 CTEST := $(dir $(CMAKE))ctest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,6 +22,30 @@ def describe() -> dict[str, str | int | float]:
         "torch": importlib.metadata.version("torch"),
         "fastddp": _version("fastddp"),
     }
+
+
+def describe_gpus() -> dict[str, str | int | float]:
+    """The first GPU, the number of them, and the versions of what drives them."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpus": torch.cuda.device_count(),
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda or "none",
+        "driver": _driver(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.splitlines()[0].strip()
 
 
 def pss_bytes(pid: str = "self") -> int:

@@ -1,4 +1,4 @@
-"""Run a function on N ranks, each a fresh process with a gloo group over loopback."""
+"""Run a function on N ranks, each a fresh process with a group: gloo over loopback, or NCCL."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ def run_ranks(
     threads: int = 1,
     limit_s: float = 1800,
     hosts: Sequence[Host] = (),
+    backend: str = "gloo",
 ) -> list[Any]:
     """Call `function(*args)` on every rank and return the results by rank.
 
     The ranks are spread over the hosts evenly, the first ones on the first; without hosts they
-    speak over loopback.
+    speak over loopback. With the backend `nccl` each has the GPU of its number.
 
     An exception on any rank ends all of them and is raised here with that rank's traceback.
     """
     with tempfile.TemporaryDirectory(prefix="fastddp-bench-") as folder:
         context = mp.spawn(
             rank_main,
-            (ranks, Path(folder), threads, function, args, hosts),
+            (ranks, Path(folder), threads, function, args, hosts, backend),
             nprocs=ranks,
             join=False,
         )
@@ -65,6 +66,7 @@ def rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     hosts: Sequence[Host] = (),
+    backend: str = "gloo",
 ) -> None:
     """What the process of one rank does; it leaves its result in the folder."""
     if hosts:
@@ -72,8 +74,12 @@ def rank_main(
     else:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(threads)
+    device = torch.device("cuda", rank) if backend == "nccl" else None
+    if device is not None:
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo",
+        backend,
+        device_id=device,
         store=dist.FileStore(str(folder / "store"), ranks),
         rank=rank,
         world_size=ranks,

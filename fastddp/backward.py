@@ -9,6 +9,11 @@ import torch
 from fastddp.compiler import untraced
 
 
+def in_backward() -> bool:
+    """Returns whether this thread runs a part of a backward."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def on_backward(outputs: Iterable[torch.Tensor], begin: Callable[[], None]) -> None:
     """Has ``begin`` called whenever a backward reaches one of these, once for each of them."""
 

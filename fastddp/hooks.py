@@ -13,6 +13,7 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed import ProcessGroup
 
 from fastddp.collectives import Loan, settle
+from fastddp.streams import has_streams
 
 Future = Any  # torch._C.Future, which has no type parameter and is the base of torch.futures.Future
 Wait = Callable[[], None]
@@ -131,7 +132,9 @@ class HookRunner:
                 f" {type(future).__module__}.{type(future).__qualname__}; return"
                 " work.get_future(), or a Future whose set_result() was called"
             )
-        self._await_latest = None if gradients.is_cuda else self._deadline(future, bucket.index())
+        self._await_latest = None
+        if not has_streams(gradients.device):
+            self._await_latest = self._deadline(future, bucket.index())
 
         def wait(await_done: Wait | None = self._await_latest) -> None:
             if await_done is not None:
@@ -142,14 +145,14 @@ class HookRunner:
 
     def _deadline(self, future: Future, index: int) -> Wait:
         """Returns a function that waits until the future is done, but not for ever."""
-        done = threading.Event()
+        done, timeout_s = threading.Event(), self._timeout_s  # not `self`: a cycle would live on
         future.add_done_callback(lambda _: done.set())
 
         def wait() -> None:
-            if not done.wait(self._timeout_s):
+            if not done.wait(timeout_s):
                 raise RuntimeError(
                     "fastddp: the future that the communication hook returned for bucket"
-                    f" {index + 1} was not completed within {self._timeout_s:g} s, the process"
+                    f" {index + 1} was not completed within {timeout_s:g} s, the process"
                     " group's timeout; does the hook call set_result() on it?"
                 )
 

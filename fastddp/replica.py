@@ -214,6 +214,8 @@ class Replica:
     def before_forward(self) -> None:
         """Gives every rank rank 0's buffers, unless the forward before was not synchronised."""
         self.begin()
+        if self._reducer is not None:
+            self._reducer.settle()
         if self._decides_at_forward:  # a join that ended early
             self.decides_at_forward = False
         hook = self.buffer_hook

@@ -3,6 +3,7 @@
 A replica has *shells*, shallow copies of the module and its submodules, and in them *stand-ins*
 for the tensors. A stand-in for a parameter has the parameter's memory on the parameter's own
 device and a copy's on another one; its gradient goes to the parameter through a :class:`_Fan`.
+With copies, a fan serves a bucket of parameters, so that gradients come from each device together.
 
 Stand-ins are kept from step to step. Shells are not: making one takes microseconds, and a fresh one
 has every attribute, hook, mode and submodule that was changed in the meantime. What a forward
@@ -12,11 +13,18 @@ assigns to a replica's attributes is lost with it, and forwards in several threa
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+
+from fastddp.packing import FUSED_DTYPES, Layout, Packing
+from fastddp.plan import MiB, ParamSpec, plan_buckets
+
+_BUCKET_BYTES = 25 * MiB
 
 
 class Replicator:
@@ -43,10 +51,10 @@ class Replicator:
         params = _differentiable(module)
         buffers = [b for b in module.buffers() if not b.requires_grad]
         kept = self._stand_ins(params, devices)
+        copies = [buffers, *fused_copies(buffers, devices[1:])]
         replicas = []
-        for index, device in enumerate(devices):
-            copies = fused_copies(buffers, device) if index else buffers
-            stand_in = {id(b): copy for b, copy in zip(buffers, copies, strict=True)}
+        for index in range(len(devices)):
+            stand_in = {id(b): copy for b, copy in zip(buffers, copies[index], strict=True)}
             stand_in |= {id(p): t for p, t in zip(params, kept.tensors[index], strict=True)}
             for m, shell in shells[index].items():
                 _fill(shell, m, shells[index], stand_in)
@@ -86,20 +94,21 @@ class _StandIns(NamedTuple):
 
     @classmethod
     def of(cls, params: Sequence[Tensor], devices: Sequence[torch.device]) -> _StandIns:
-        keys = _keys(params, devices)
+        keys, copied = _keys(params, devices), _copied(devices)
+        tensors = [list(params) for _ in devices]
         # A step without gradients may be the first; its stand-ins serve the later ones too.
         with torch.inference_mode(False), torch.enable_grad():
-            shared = [None] * len(params)
-            copies = [
-                shared if device == devices[0] else fused_copies(params, device)
-                for device in devices
-            ]
-            by_param = [
-                _Fan.apply(param, own)  # type: ignore[no-untyped-call]
-                for param, own in zip(params, zip(*copies, strict=True), strict=True)
-            ]
-        tensors = [[fan[index] for fan in by_param] for index in range(len(devices))]
-        nodes: list[object] = [fan[0].grad_fn for fan in by_param]
+            others = [index for index, is_copied in enumerate(copied) if is_copied]
+            copies = fused_copies(params, [devices[index] for index in others])
+            for index, copy in zip(others, copies, strict=True):
+                tensors[index] = copy
+            for bucket in _buckets(params, any(copied)):
+                own = [[row[index] for index in bucket] for row in tensors]
+                fan = _Fan.apply(own, *own[0])  # type: ignore[no-untyped-call]
+                for nth, index in enumerate(bucket):
+                    for row, stand_in in zip(tensors, fan[nth :: len(bucket)], strict=True):
+                        row[index] = stand_in
+        nodes: list[object] = [stand_in.grad_fn for stand_in in tensors[0]]
         return cls(tuple(params), keys, tuple(devices), nodes, tensors)
 
     def serve(self, params: Sequence[Tensor], devices: Sequence[torch.device]) -> bool:
@@ -117,10 +126,15 @@ class _StandIns(NamedTuple):
         a copy is to be lost.
         """
         return all(
-            tensor.grad_fn is node and (device == self.devices[0] or tensor._version == 0)
-            for device, tensors in zip(self.devices, self.tensors, strict=True)
+            tensor.grad_fn is node and not (is_copied and tensor._version)
+            for is_copied, tensors in zip(_copied(self.devices), self.tensors, strict=True)
             for tensor, node in zip(tensors, self.nodes, strict=True)
         )
+
+
+def _copied(devices: Sequence[torch.device]) -> list[bool]:
+    """Returns which replicas have copies of the parameters and not the parameters' own memory."""
+    return [device != devices[0] for device in devices]
 
 
 def _keys(params: Sequence[Tensor], devices: Sequence[torch.device]) -> list[object]:
@@ -129,7 +143,7 @@ def _keys(params: Sequence[Tensor], devices: Sequence[torch.device]) -> list[obj
     With shared memory that is where a parameter lies, and with copies also its version, which
     every write through the tensor raises and a write through its `.data` does not.
     """
-    if all(device == devices[0] for device in devices):
+    if not any(_copied(devices)):
         return [_place(param) for param in params]
     return [(*_place(param), _version(param)) for param in params]
 
@@ -143,51 +157,162 @@ def _version(param: Tensor) -> object:
     return object() if param.is_inference() else param._version  # an object equals only itself
 
 
+def _buckets(params: Sequence[Tensor], copied: bool) -> list[list[int]]:
+    """Returns which parameters share a fan, by their indices.
+
+    A fan runs when the last gradient of its parameters is there, and only then do hooks of the
+    first see theirs. So where there is no copy, and nothing to be gained, each has its own.
+    """
+    together = [
+        index
+        for index, param in enumerate(params)
+        if copied
+        and param.requires_grad
+        and _has_plain_memory(param)
+        and param.dtype in FUSED_DTYPES
+    ]
+    alone = sorted(set(range(len(params))) - set(together))
+    specs = [ParamSpec.of(params[index]) for index in together]
+    # Gradients come roughly in the reverse order of the parameters.
+    plan = plan_buckets(specs, list(reversed(range(len(specs)))), [_BUCKET_BYTES])
+    buckets = [[together[slot.param] for slot in bucket.slots] for bucket in plan.buckets]
+    return [*buckets, *([index] for index in alone)]
+
+
+def _has_plain_memory(tensor: Tensor) -> bool:
+    """Returns whether it is plain memory: not sparse, quantized, or made of other tensors."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
 class _Fan(torch.autograd.Function):
-    """One parameter in, one stand-in per replica out; the gradients are added in their order.
+    """Parameters in, one stand-in per replica of each out; gradients are added in replica order.
 
     Not in the order of arrival, which threads would decide, and which the sum's bits show.
     """
 
     @staticmethod
-    def forward(ctx: Any, param: Tensor, copies: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rows: Sequence[Sequence[Tensor]], *params: Tensor) -> tuple[Tensor, ...]:
+        """Takes for each replica what its stand-ins are to have the memory of.
+
+        All of `params` have one dtype and device, and require grad or are one.
+        """
         # A replica that did not use it adds nothing, where a zero would make a sparse sum dense.
         ctx.set_materialize_grads(False)
-        ctx.device = param.device
+        ctx.device = params[0].device
+        ctx.layouts = [Layout.of(param) for param in params] if len(params) > 1 else [None]
         # Detached, not views: a view's place in the graph is lost when its base is written to,
         # as the optimizer does. The version counter is shared, so that autograd still sees it.
-        return tuple((param if copy is None else copy).detach() for copy in copies)
+        return tuple(tensor.detach() for row in rows for tensor in row)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        total = None
-        for grad in grads:
-            if grad is not None:
-                moved = grad.to(ctx.device, non_blocking=True)
-                total = moved if total is None else total + moved
-        return total, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        count = len(ctx.layouts)
+        groups: dict[tuple[int, ...], list[int]] = {}  # by the replicas that used the parameters
+        totals: list[Tensor | None] = []
+        for index in range(count):
+            own = grads[index::count]
+            users = tuple([nth for nth, grad in enumerate(own) if grad is not None])
+            if count > 1 and users not in ((), (0,)) and _can_pack([own[nth] for nth in users]):
+                groups.setdefault(users, []).append(index)
+                totals.append(None)
+            else:
+                totals.append(_sum(own, ctx.device))
+        for users, indices in groups.items():
+            layouts = [ctx.layouts[index] for index in indices]
+            rows = [[grads[nth * count + index] for index in indices] for nth in users]
+            for index, total in zip(indices, _packed_sums(layouts, rows, ctx.device), strict=True):
+                totals[index] = total
+        return None, *totals
+
+
+def _can_pack(grads: Sequence[Tensor | None]) -> bool:
+    """Returns whether gradients are plain memory, and nothing records what is done to them."""
+    return not torch.is_grad_enabled() and all(
+        grad is not None and _has_plain_memory(grad) and not _is_batched(grad) for grad in grads
+    )
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Returns whether it stands for many, as in ``autograd.grad(..., is_grads_batched=True)``."""
+    return is_functorch_wrapped_tensor(grad) or is_legacy_batchedtensor(grad)
+
+
+def _sum(grads: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """Adds one parameter's gradients, those that there are, on a device."""
+    total = None
+    for grad in grads:
+        if grad is not None:
+            with _behind(device, [grad]):
+                moved = grad.to(device, non_blocking=True)
+            total = moved if total is None else total + moved
+    return total
+
+
+def _packed_sums(
+    layouts: Sequence[Layout], rows: Sequence[Sequence[Any]], device: torch.device
+) -> list[Tensor]:
+    """Adds several parameters' gradients, of which each row is on one device, to the same bits.
+
+    Each row is one transfer.
+    """
+    packing = Packing.of(layouts, rows[0][0].dtype)
+    total = None
+    for grads in rows:
+        with _behind(device, grads):
+            flat = packing.pack(grads)
+        moved = flat.to(device, non_blocking=True)
+        total = moved if total is None else total.add_(moved)
+    assert total is not None
+    return packing.unpack(total)
+
+
+@contextmanager
+def _behind(device: torch.device, grads: Sequence[Tensor]) -> Iterator[None]:
+    """Makes the gradients' device current, on a stream that finds them ready.
+
+    Autograd sees to that for the stream that the fan runs on, on the parameters' device, alone.
+    """
+    there = grads[0].device
+    if there == device:
+        yield
+        return
+    with torch.accelerator.device_index(there.index):
+        stream = torch.accelerator.current_stream(there)
+        stream.wait_stream(torch.accelerator.current_stream(device))
+        yield
+        for grad in grads:  # may be of another stream, which must not reuse the memory too early
+            if not _is_batched(grad):
+                for memory in (grad._indices(), grad._values()) if grad.is_sparse else (grad,):
+                    memory.record_stream(stream)
 
 
 @torch.no_grad()
-def fused_copies(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies tensors to a device, in one transfer for each dtype.
+def fused_copies(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[list[Tensor]]:
+    """Copies tensors to each of the devices, in one transfer for each dtype and device.
 
     The memory is fresh: a graph that still refers to an earlier copy goes on being right.
     """
     by_dtype: dict[torch.dtype, list[int]] = {}
-    copies = list(tensors)
+    copies = [list(tensors) for _ in devices]
     for index, tensor in enumerate(tensors):
-        if tensor.layout is torch.strided and not tensor.is_quantized:
+        if _has_plain_memory(tensor):
             by_dtype.setdefault(tensor.dtype, []).append(index)
         else:  # no plain memory to lay side by side
-            copies[index] = tensor.to(device, copy=True)
-    for indices in by_dtype.values():
-        flat = torch.cat([tensors[index].reshape(-1) for index in indices])
-        pieces = flat.to(device, non_blocking=True).split([tensors[i].numel() for i in indices])
-        for index, piece in zip(indices, pieces, strict=True):
-            # `.data` has its own version counter. Else a write to one buffer would look to autograd
-            # like a write to all of them.
-            copies[index] = piece.view(tensors[index].shape).data
+            for row, device in zip(copies, devices, strict=True):
+                row[index] = tensor.to(device, copy=True)
+    if not devices:
+        return []
+    for dtype, indices in by_dtype.items():
+        packing = Packing.of([Layout.of(tensors[index]) for index in indices], dtype)
+        flat = packing.pack([tensors[index] for index in indices])
+        for row, device in zip(copies, devices, strict=True):
+            moved = packing.unpack(flat.to(device, non_blocking=True, copy=True))
+            for index, copy in zip(indices, moved, strict=True):
+                row[index] = copy
     return copies
 
 

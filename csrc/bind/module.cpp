@@ -220,6 +220,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("set_hook", &set_hook, py::arg("hook"))
       .def("set_after_round", &set_after_round, py::arg("callback"))
       .def("outgrown", &Reducer::outgrown)
+      .def("settle", &Reducer::settle, without_gil)
       .def("shadow", &Reducer::shadow, without_gil)
       .def("unused", &Reducer::unused, without_gil)
       .def("close", &Reducer::close, without_gil)

@@ -21,4 +21,18 @@ constexpr std::size_t size_of(DType dtype) {
   return 0;
 }
 
+constexpr const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return "float64";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+  }
+  return "unknown";
+}
+
 }  // namespace fastddp

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <string>
 
 #include "core/dtype.h"
 #include "kernels/element.h"
@@ -23,15 +24,19 @@ void with_narrow_type(DType dtype, Visit visit) {
     case DType::kBFloat16:
       return visit(TypeTag<KernelBFloat16>{});
     case DType::kFloat64:
-      throw std::invalid_argument("float64 can only be moved from and to float64");
+      return;  // not narrow: see with_types
   }
 }
 
-// Calls visit(TypeTag<Source>, TypeTag<Target>).
+// Calls visit(TypeTag<Source>, TypeTag<Target>). Throws std::invalid_argument for float64 and
+// another.
 template <typename Visit>
 void with_types(DType source, DType target, Visit visit) {
   if (source == DType::kFloat64 && target == DType::kFloat64)
     return visit(TypeTag<double>{}, TypeTag<double>{});
+  if (source == DType::kFloat64 || target == DType::kFloat64)
+    throw std::invalid_argument(std::string("no conversion from ") + name_of(source) + " to " +
+                                name_of(target) + ": float64 only goes to float64");
   with_narrow_type(source,
                    [&](auto from) { with_narrow_type(target, [&](auto to) { visit(from, to); }); });
 }

@@ -5,15 +5,16 @@
 #include <string>
 
 namespace fastddp {
+namespace {
 
-std::vector<FlattenLaunch> flatten_launches(const std::vector<Piece>& pieces,
-                                            DType piece,
-                                            DType source) {
+std::vector<FlattenLaunch> launches_of(const std::vector<Piece>& pieces,
+                                       DType piece,
+                                       DType source) {
   const std::int64_t chunk = chunk_numel(source);
   std::vector<FlattenLaunch> launches;
   for (const Piece& whole : pieces) {
     if (whole.numel < 0)
-      throw std::invalid_argument("a piece of " + std::to_string(whole.numel) + " elements");
+      throw std::invalid_argument("a piece has " + std::to_string(whole.numel) + " elements");
     auto* data = static_cast<char*>(whole.data);
     for (std::int64_t begin = 0; begin < whole.numel; begin += kMaxSegmentNumel) {
       if (launches.empty() || launches.back().segments.size() == kLargeTable) {
@@ -29,6 +30,24 @@ std::vector<FlattenLaunch> flatten_launches(const std::vector<Piece>& pieces,
     }
   }
   return launches;
+}
+
+}  // namespace
+
+std::vector<FlattenLaunch> flatten_launches(const FlatPass& pass,
+                                            const std::vector<Piece>& pieces) {
+  return launches_of(pieces, pass.piece, pass.piece);
+}
+
+std::vector<FlattenLaunch> unflatten_launches(const FlatPass& pass,
+                                              const std::vector<Piece>& pieces) {
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    if (pieces[i].data == nullptr && pieces[i].numel != 0)
+      throw std::invalid_argument("piece " + std::to_string(i) + " of " +
+                                  std::to_string(pieces[i].numel) +
+                                  " elements is null: there is no memory to write to");
+  }
+  return launches_of(pieces, pass.piece, pass.flat);
 }
 
 }  // namespace fastddp

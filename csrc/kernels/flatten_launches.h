@@ -44,10 +44,9 @@ struct FlattenLaunch {
 // A grid may have 2^31 - 1 blocks: a table is full before.
 static_assert(kLargeTable * (kMaxSegmentNumel / chunk_numel(DType::kFloat64)) < 1LL << 31);
 
-// `source` is the dtype that the pass reads: the pieces' for a flatten, the flat buffer's for its
-// inverse. Throws std::invalid_argument for a piece of negative size.
-std::vector<FlattenLaunch> flatten_launches(const std::vector<Piece>& pieces,
-                                            DType piece,
-                                            DType source);
+// Throw std::invalid_argument for a piece of negative size, and a piece to be written that is null.
+std::vector<FlattenLaunch> flatten_launches(const FlatPass& pass, const std::vector<Piece>& pieces);
+std::vector<FlattenLaunch> unflatten_launches(const FlatPass& pass,
+                                              const std::vector<Piece>& pieces);
 
 }  // namespace fastddp

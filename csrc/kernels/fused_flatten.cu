@@ -58,7 +58,10 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 template <typename... Params, typename... Args>
-void launch(void* stream, std::uint32_t num_blocks, void (*kernel)(Params...), Args&&... args) {
+void launch(void* stream,
+            std::uint32_t num_blocks,
+            void (*kernel)(Params...),
+            const Args&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(num_blocks);
   config.blockDim = dim3(kBlockThreads);
@@ -130,7 +133,7 @@ void fused_flatten(const FlatPass& pass,
                    void* stream,
                    Moments* moments,
                    float* scratch) {
-  const auto launches = flatten_launches(pieces, pass.piece, pass.piece);
+  const auto launches = flatten_launches(pass, pieces);
   if (moments != nullptr && !launches.empty() &&
       (scratch == nullptr || reinterpret_cast<std::uintptr_t>(scratch) % alignof(Moments) != 0))
     throw std::invalid_argument("moments need scratch memory, aligned as a double");
@@ -146,7 +149,7 @@ void fused_unflatten(const FlatPass& pass,
                      const std::vector<Piece>& pieces,
                      const void* flat,
                      void* stream) {
-  const auto launches = flatten_launches(pieces, pass.piece, pass.flat);
+  const auto launches = unflatten_launches(pass, pieces);
   // Only read through, in this direction.
   move_all(launches, pass.flat, pass.piece, const_cast<void*>(flat), false, pass.scale, stream,
            nullptr);

@@ -2,7 +2,7 @@
 //
 // Each element is widened to float, multiplied by the scale rounded to float, and rounded once to
 // the dtype it goes to; float64 only goes to float64, and is computed in double. The same bits come
-// out on the CPU and on a GPU: both run the functions of fused_flatten_body.h.
+// out on the CPU and on a GPU, but for a NaN's: both run the functions of fused_flatten_body.h.
 #pragma once
 
 #include <cstddef>
@@ -27,8 +27,9 @@ struct FlatPass {
   double scale;
 };
 
-// What a flatten can tell about the values it wrote, as they are after rounding. The additions are
-// in a fixed order, so the same input gives the same bits.
+// What a flatten can tell about the values it wrote, as they are after rounding. Squares are
+// computed in float (double for float64), so one can be infinite though its value is finite. The
+// additions are in an order that depends on sizes and on alignment to 16 bytes alone.
 struct Moments {
   double sum_of_squares;
   double finite;  // 1 if every value is, else 0
@@ -39,7 +40,7 @@ void fused_flatten(const FlatPass& pass,
                    const std::vector<Piece>& pieces,
                    void* flat,
                    Moments* moments = nullptr);
-// piece[i] = flat[offset + i] * scale; pieces are not null.
+// piece[i] = flat[offset + i] * scale. Throws std::invalid_argument for a null piece.
 void fused_unflatten(const FlatPass& pass, const std::vector<Piece>& pieces, const void* flat);
 
 // The same on a GPU: only enqueued on `stream`, a cudaStream_t, of the current device. Tables

@@ -174,8 +174,8 @@ FASTDDP_HOST_DEVICE Moments as_moments(const Share<Compute>& share) {
 FASTDDP_HOST_DEVICE void add_column(Moments* values, std::uint32_t thread) {
   Moments sum = values[thread];
   FASTDDP_UNROLL
-  for (std::uint32_t at = thread + kTreeWidth; at < kBlockThreads; at += kTreeWidth)
-    add_to(sum, values[at]);
+  for (std::uint32_t row = 1; row < kBlockThreads / kTreeWidth; ++row)
+    add_to(sum, values[row * kTreeWidth + thread]);
   values[thread] = sum;
 }
 

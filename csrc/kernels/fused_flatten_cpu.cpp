@@ -53,7 +53,7 @@ void fused_flatten(const FlatPass& pass,
                    const std::vector<Piece>& pieces,
                    void* flat,
                    Moments* moments) {
-  const auto launches = flatten_launches(pieces, pass.piece, pass.piece);
+  const auto launches = flatten_launches(pass, pieces);
   with_types(pass.piece, pass.flat, [&](auto source, auto target) {
     using Src = typename decltype(source)::Type;
     using Dst = typename decltype(target)::Type;
@@ -69,7 +69,7 @@ void fused_flatten(const FlatPass& pass,
 }
 
 void fused_unflatten(const FlatPass& pass, const std::vector<Piece>& pieces, const void* flat) {
-  const auto launches = flatten_launches(pieces, pass.piece, pass.flat);
+  const auto launches = unflatten_launches(pass, pieces);
   with_types(pass.flat, pass.piece, [&](auto source, auto target) {
     using Src = typename decltype(source)::Type;
     using Dst = typename decltype(target)::Type;

@@ -13,6 +13,7 @@
 #include <exception>
 #include <iterator>
 #include <numeric>
+#include <thread>
 
 #include "torch/dtype.h"
 #include "torch/error_text.h"
@@ -259,15 +260,14 @@ void Reducer::finish_round() {
     stats_.wait_us_last = us_since(start);
     hand_out();
   } catch (...) {
-    round_.reset();
-    installed_ = false;  // a collective may still write to the buckets
+    drop_round();
     throw;
   }
   stats_.wait_us_total += stats_.wait_us_last;
   ++stats_.rounds;
   stats_.overlaps = round_->is_early;
   if (!round_->is_shadow) schedule_.add(round_->is_early, us_since(round_->begin));
-  round_.reset();
+  end_round();
   const auto after_round = after_round_;  // it may set another
   if (after_round) after_round();
 }
@@ -280,12 +280,29 @@ void Reducer::abandon_round() noexcept {
     flush(false);
   } catch (...) {  // the backward's own exception is on its way to the user and says more
   }
-  // On a GPU memory is free for others as soon as it is dropped here, so it is held until the next
-  // round; on the CPU the transport holds it.
+  drop_round();
+}
+
+// Collectives may still write to the buckets, so the next round gets its own. On a GPU memory is
+// free for others as soon as it is dropped here, so it is held until then; on the CPU the transport
+// holds it.
+void Reducer::drop_round() {
   if (has_streams(device_))
     std::move(round_->waits.begin(), round_->waits.end(), std::back_inserter(abandoned_));
-  round_.reset();
-  installed_ = false;  // collectives still write to the buckets; the next round gets its own
+  end_round();
+  installed_ = false;
+}
+
+// When a backward on a GPU raises, the thread that autograd ran it in may be the last to let go of
+// it, a moment after the caller got its exception. What the caller launches next would come before
+// the rest of the round, on this rank alone. (tests/streams/test_abandoned_rounds.py)
+void Reducer::settle() const {
+  constexpr auto kPatience = std::chrono::seconds(10);  // a backward of another thread may be long
+  if (!is_in_round_ || !has_streams(device_) || torch::autograd::get_current_graph_task_id() != -1)
+    return;
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  while (is_in_round_ && std::chrono::steady_clock::now() < deadline)
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
 }
 
 void Reducer::shadow() {
@@ -309,6 +326,12 @@ void Reducer::begin_round(bool is_shadow) {
   if (!installed_) install_plan();
   round_ = std::make_unique<Round>(plan_, params_.size(), is_shadow);
   round_->is_early = schedule_.begin() || !may_launch_late();
+  is_in_round_ = true;
+}
+
+void Reducer::end_round() {
+  round_.reset();
+  is_in_round_ = false;
 }
 
 void Reducer::await_agreements() {
@@ -493,7 +516,7 @@ void Reducer::launch(std::size_t index, bool waits) {
   round_->waits.push_back(start_hook(index, gradients, std::move(params), std::move(offsets)));
 }
 
-// One gradient after the other, into places that are in the cache or will not be.
+// One after the other, with the flags.
 void Reducer::fill_missing(std::size_t index, const std::vector<std::size_t>& missing) {
   buckets_[index].flags.fill_(1);
   for (const std::size_t slot : missing) {
@@ -508,7 +531,7 @@ void Reducer::fill_missing(std::size_t index, const std::vector<std::size_t>& mi
   }
 }
 
-// All that is put by, what is missing, and the flags: in one pass.
+// What was put by, what is missing, and the flags: in one pass.
 void Reducer::flatten_bucket(std::size_t index, const std::vector<std::size_t>& missing) {
   const Bucket& bucket = buckets_[index];
   const BucketPlan& plan = plan_[index];

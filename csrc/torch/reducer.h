@@ -8,7 +8,8 @@
 //                         GPU it is only put by, and one kernel flattens the bucket once it is full
 //   end of backward    -> finish_round(): launch what is left, wait, make each `.grad` the reduced
 //                         slot
-//   backward raised    -> abandon_round(): launch what is left and wait for nothing but hooks
+//   backward raised    -> abandon_round(): launch what is left and wait for nothing but hooks. On a
+//                         GPU a thread of autograd's may do it while the caller goes on: settle()
 //
 // Invariants, each with the test that guards it:
 // * A round begins when backward reaches an output of forward, or at the first gradient if there is
@@ -115,6 +116,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void set_after_round(std::function<void()> callback);
   // Takes part in a round of the other ranks with nothing to add.
   void shadow();
+  // Waits for another thread to end a round that its backward has left by an exception.
+  void settle() const;
 
   Stats stats() const;
   std::vector<BucketPlan> plan() const;
@@ -212,6 +215,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void abandon_round() noexcept;
 
   void begin_round(bool is_shadow);
+  void end_round();
+  void drop_round();
   void queue_end();
   void install_plan();
   void take(std::size_t param);
@@ -264,6 +269,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   std::vector<ParamSpec> specs_;  // of the dense parameters, which come first
 
   std::atomic<bool> sync_{true};
+  std::atomic<bool> is_in_round_{false};  // what round_ says, to those who do not have the mutex
 
   // Guards all below. Recursive: a hook may ask for stats() or plan().
   mutable std::recursive_mutex mutex_;

@@ -91,6 +91,12 @@ class Reducer(Protocol):
         Then another reducer is needed, on every rank before its next backward.
         """
 
+    def settle(self) -> None:
+        """Waits for another thread to end a round that its backward has left by an exception.
+
+        On a GPU, where autograd has threads of its own; for whoever communicates next.
+        """
+
     def shadow(self) -> None:
         """Takes part in a round of the other ranks with nothing to add; returns when it is over.
 

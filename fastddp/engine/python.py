@@ -40,7 +40,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.distributed_c10d import AllreduceOptions
 
-from fastddp.backward import at_end_of_backward, on_backward
+from fastddp.backward import at_end_of_backward, in_backward, on_backward
 from fastddp.collectives import Loan, settle, without_context
 from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.engine.schedule import Schedule
@@ -62,6 +62,9 @@ from fastddp.streams import (
     is_capturing,
     keep_for_current,
 )
+
+_PATIENCE_S = 10.0
+"""A backward that another thread runs may be long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +189,7 @@ class PythonReducer:
         self._stats = RoundStats()
         self._unused: list[str] = []
         self._round: _Round | None = None
+        self._in_round = False  # until the last of it is launched, also if it is abandoned
 
         # A tensor holds its gradient node weakly: kept here, or the hook would go with the node.
         self._nodes = [_accumulator(param) for param in self._params]
@@ -217,6 +221,16 @@ class PythonReducer:
 
     def outgrown(self) -> bool:
         return any(param.requires_grad for param in self._frozen)
+
+    def settle(self) -> None:
+        # When a backward on a GPU raises, the thread that autograd ran it in may be the last to let
+        # go of it, a moment after the caller got its exception. What the caller launches next would
+        # come before the rest of the round, on this rank alone.
+        if not self._in_round or not has_streams(self._device) or in_backward():
+            return
+        deadline = time.monotonic() + _PATIENCE_S
+        while self._in_round and time.monotonic() < deadline:
+            time.sleep(50e-6)
 
     @torch.no_grad()
     def shadow(self) -> None:
@@ -279,8 +293,9 @@ class PythonReducer:
                 self._cast_back(launch)
             wait_us = (time.perf_counter() - start) * 1e6
         except BaseException:
-            self._installed = False  # a collective may still write to the buckets
+            self._drop(current)
             raise
+        self._in_round = False
         self._hand_out(current)
         self._stats = replace(
             self._stats,
@@ -302,11 +317,18 @@ class PythonReducer:
         # The backward's own exception is on its way to the user and says more than one of these.
         with contextlib.suppress(Exception):
             self._flush(current, waits=False)
-        # On a GPU memory is free for others as soon as it is dropped here, so it is held until the
-        # next round; on the CPU the transport holds it.
+        self._drop(current)
+
+    def _drop(self, current: _Round) -> None:
+        """Has the next round get its own buckets, for collectives may still write to these.
+
+        On a GPU memory is free for others as soon as it is dropped here, so it is held until then;
+        on the CPU the transport holds it.
+        """
         if has_streams(self._device):
             self._abandoned += current.waits
-        self._installed = False  # collectives still write to the buckets; the next gets its own
+        self._installed = False
+        self._in_round = False
 
     def _accumulates(self) -> bool:
         """Returns whether the current backward is one that fills ``.grad``.
@@ -352,6 +374,7 @@ class PythonReducer:
             )
         if not self._installed:
             self._install_plan()
+        self._in_round = True
         return _Round(
             is_shadow,
             missing=[len(bucket.slots) for bucket in self._plan.buckets],

@@ -9,13 +9,17 @@
 
 using fastddp::chunk_numel;
 using fastddp::DType;
+using fastddp::FlatPass;
 using fastddp::flatten_launches;
 using fastddp::FlattenLaunch;
 using fastddp::kLargeTable;
 using fastddp::kMaxSegmentNumel;
 using fastddp::Piece;
+using fastddp::unflatten_launches;
 
 namespace {
+
+constexpr FlatPass kFloats{DType::kFloat32, DType::kFloat32, 1};
 
 // Never read or written: a launch list only computes with addresses.
 void* address(std::uint64_t value) { return reinterpret_cast<void*>(value); }
@@ -23,8 +27,10 @@ void* address(std::uint64_t value) { return reinterpret_cast<void*>(value); }
 std::uint64_t number(const void* data) { return reinterpret_cast<std::uint64_t>(data); }
 
 // Walks pieces and segments side by side: each element is in exactly one segment, in order.
-void check_cover(const std::vector<Piece>& pieces, DType piece, DType source) {
-  const auto launches = flatten_launches(pieces, piece, source);
+void check_cover(const std::vector<Piece>& pieces,
+                 DType piece,
+                 DType source,
+                 const std::vector<FlattenLaunch>& launches) {
   std::size_t at = 0;      // the piece that is being covered,
   std::int64_t moved = 0;  // and how much of it is
   for (const FlattenLaunch& launch : launches) {
@@ -53,6 +59,12 @@ void check_cover(const std::vector<Piece>& pieces, DType piece, DType source) {
   CHECK(at == pieces.size());
 }
 
+// Of a flatten to, and an unflatten from, a flat buffer of that dtype.
+void check_cover(const std::vector<Piece>& pieces, DType piece, DType flat) {
+  check_cover(pieces, piece, piece, flatten_launches({piece, flat, 1}, pieces));
+  check_cover(pieces, piece, flat, unflatten_launches({piece, flat, 1}, pieces));
+}
+
 std::vector<Piece> in_a_row(const std::vector<std::int64_t>& sizes) {
   std::vector<Piece> pieces;
   std::int64_t offset = 5;
@@ -68,28 +80,30 @@ std::vector<Piece> in_a_row(const std::vector<std::int64_t>& sizes) {
 }  // namespace
 
 TEST(nothing_is_no_launch) {
-  CHECK(flatten_launches({}, DType::kFloat32, DType::kFloat32).empty());
-  CHECK(flatten_launches(in_a_row({0, 0, 0}), DType::kFloat32, DType::kFloat32).empty());
+  CHECK(flatten_launches(kFloats, {}).empty());
+  CHECK(flatten_launches(kFloats, in_a_row({0, 0, 0})).empty());
+  CHECK(unflatten_launches(kFloats, {{nullptr, 0, 0}}).empty());
 }
 
 TEST(every_element_is_moved_once) {
-  for (const DType source : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
-    const std::int64_t chunk = chunk_numel(source);
-    check_cover(in_a_row({1, 0, chunk - 1, chunk, chunk + 1, 0, 0, 10 * chunk, 3, 0}),
-                DType::kFloat32, source);
+  for (const DType flat : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
+    const std::int64_t chunk = chunk_numel(flat);
+    const auto pieces = in_a_row({1, 0, chunk - 1, chunk, chunk + 1, 0, 0, 10 * chunk, 3, 0});
+    check_cover(pieces, DType::kFloat32, flat);
   }
 }
 
 TEST(a_null_piece_stays_null_in_all_its_parts) {
-  check_cover({{nullptr, 0, 3 * kMaxSegmentNumel}, {nullptr, 3 * kMaxSegmentNumel, 1}},
-              DType::kFloat32, DType::kFloat32);
+  const std::vector<Piece> pieces{{nullptr, 0, 3 * kMaxSegmentNumel},
+                                  {nullptr, 3 * kMaxSegmentNumel, 1}};
+  check_cover(pieces, DType::kFloat32, DType::kFloat32, flatten_launches(kFloats, pieces));
 }
 
 TEST(tiny_tensors_share_a_launch_as_far_as_a_table_goes) {
   const auto num_launches = [](std::size_t num_pieces) {
     const auto pieces = in_a_row(std::vector<std::int64_t>(num_pieces, 7));
     check_cover(pieces, DType::kBFloat16, DType::kBFloat16);
-    return flatten_launches(pieces, DType::kBFloat16, DType::kBFloat16).size();
+    return flatten_launches(kFloats, pieces).size();
   };
   CHECK(num_launches(1) == 1);
   CHECK(num_launches(1300) == 1);
@@ -108,16 +122,19 @@ TEST(tensors_of_more_than_32_bits_are_split) {
 }
 
 TEST(parts_of_a_split_tensor_begin_with_a_chunk) {
-  const auto launches =
-      flatten_launches(in_a_row({3 * kMaxSegmentNumel + 1}), DType::kFloat32, DType::kFloat32);
+  const auto launches = flatten_launches(kFloats, in_a_row({3 * kMaxSegmentNumel + 1}));
   CHECK(launches.size() == 1 && launches[0].segments.size() == 4);
   for (std::size_t part = 0; part < 3; ++part)
     CHECK(launches[0].segments[part].numel % chunk_numel(DType::kBFloat16) == 0);
 }
 
 TEST(a_negative_size_is_refused) {
-  CHECK_THROWS(flatten_launches({{nullptr, 0, -1}}, DType::kFloat32, DType::kFloat32),
-               std::invalid_argument);
+  CHECK_THROWS(flatten_launches(kFloats, {{nullptr, 0, -1}}), std::invalid_argument);
+  CHECK_THROWS(unflatten_launches(kFloats, {{address(16), 0, -1}}), std::invalid_argument);
+}
+
+TEST(a_null_piece_cannot_be_written) {
+  CHECK_THROWS(unflatten_launches(kFloats, {{nullptr, 0, 1}}), std::invalid_argument);
 }
 
 int main() { return check::run(); }

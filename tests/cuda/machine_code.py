@@ -34,10 +34,11 @@ TYPES = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
 MOVES = re.compile(r"move_kernelI(f|d|6__half|13__nv_bfloat16)(f|d|6__half|13__nv_bfloat16|S\d*_)")
 
 
-def find_tool(name: str, *folders: Path) -> str:
+def find_tool(name: str, source: str, *folders: Path) -> str:
     found = shutil.which(name, path=os.pathsep.join(map(str, folders))) or shutil.which(name)
     if found is None:
-        raise SystemExit(f"{name} was not found on PATH nor in: {', '.join(map(str, folders))}")
+        looked = ", ".join(["PATH", *map(str, folders)])
+        raise SystemExit(f"{name} was not found (looked in {looked}); install {source}")
     return found
 
 
@@ -137,8 +138,10 @@ def main() -> int:
     parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/kernels/*.cu")
     args = parser.parse_args()
     sources = args.sources or sorted(ROOT.glob("csrc/kernels/*.cu"))
-    nvcc = find_tool("nvcc", *toolkit_folders())
-    nvdisasm = find_tool("nvdisasm", *toolkit_folders(), *package_folders())
+    nvcc = find_tool("nvcc", "the CUDA toolkit, or set CUDA_HOME", *toolkit_folders())
+    nvdisasm = find_tool(
+        "nvdisasm", "nvidia-cuda-nvdisasm with pip", *toolkit_folders(), *package_folders()
+    )
 
     num_wrong = 0
     for arch in (arch.replace(".", "") for arch in args.arch):

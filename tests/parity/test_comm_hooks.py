@@ -1,7 +1,9 @@
 """Communication hooks: torch's own, unchanged, do with our buckets what they do with torch's."""
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -351,3 +353,21 @@ def _alone(rank: int, world_size: int, engine: str) -> None:
 
 def test_a_world_of_one_runs_its_hook(engine: str) -> None:
     run_ranks(_alone, 1, engine)
+
+
+def _drop(rank: int, world_size: int, engine: str) -> None:
+    ours = fastddp.DistributedDataParallel(nn.Linear(2, 2), engine=engine)
+    ours.register_comm_hook(None, default_hooks.allreduce_hook)
+    for _ in range(2):
+        ours(torch.ones(1, 2)).sum().backward()
+    runner = weakref.ref(ours._replica._reducer._hook)
+    gc.disable()
+    try:
+        ours._replica._reducer = None
+        assert runner() is None, "a cycle keeps its buffers"
+    finally:
+        gc.enable()
+
+
+def test_a_dropped_reducer_lets_go_of_its_hook(engine: str) -> None:
+    run_ranks(_drop, 2, engine)

@@ -1,7 +1,8 @@
 """`DataParallel` on CPU replicas, against the same pieces run one after the other in one thread.
 
 torch's own class passes a call through where there is no GPU, so that it cannot be the reference
-here: what it promises is computed by hand. With two GPUs, it is (marker `gpu`).
+here: what it promises is computed by hand. With two GPUs, it is: `tests/gpu`. Replicas with copies
+of the parameters, as on GPUs, are in `test_data_parallel_copies.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastddp
-from fastddp.replicate import Replicator, _Fan, fused_copies
 from fastddp.scatter import gather, scatter
 from fastddp.workers import Workers
 from tests.models import CASES, ConvNet, loss_of
@@ -485,65 +485,6 @@ def test_compiled_modules_are_refused() -> None:
 def test_lazy_modules_are_refused_before_their_first_forward() -> None:
     with pytest.raises(RuntimeError, match="uninitialized parameters can't be used"):
         fastddp.DataParallel(nn.LazyLinear(2), TWO)(torch.ones(4, 2))
-
-
-# --- the path with copies, which another device takes ---------------------------------------------
-
-
-def test_copies_are_exact_and_of_every_dtype() -> None:
-    tensors = [
-        torch.randn(3, 4).t(),
-        torch.randint(9, (2,)),
-        torch.randn((), dtype=torch.float64),
-        torch.randn(5),
-        torch.empty(0, 3),
-        torch.randn(2, dtype=torch.complex64),
-        torch.ones(1, 4).expand(3, 4),
-        torch.tensor([True, False]),
-        torch.eye(3).to_sparse(),
-    ]
-    copies = fused_copies(tensors, CPU)
-    for tensor, got in zip(tensors, copies, strict=True):
-        assert got.dtype == tensor.dtype
-        assert got.is_sparse == tensor.is_sparse
-        assert torch.equal(got.to_dense(), tensor.to_dense())
-        assert not got.numel() or got.is_sparse or got.data_ptr() != tensor.data_ptr()
-    copies[3].add_(1)
-    assert (copies[0]._version, copies[3]._version) == (0, 1)
-
-
-def test_gradients_of_copies_reach_the_parameter_in_replica_order() -> None:
-    param = nn.Parameter(torch.ones(2))
-    own, copied = _Fan.apply(param, (None, param.detach().clone()))
-    assert own.data_ptr() == param.data_ptr() != copied.data_ptr()
-    (own * 2 + copied * 3).sum().backward()
-    assert param.grad.tolist() == [5.0, 5.0]
-
-
-def test_copies_are_made_anew_only_when_a_parameter_changed() -> None:
-    def on_second(module: nn.Module) -> Tensor:
-        return replicator.replicate(module, [CPU, torch.device("meta")])[1].weight
-
-    module, replicator = nn.Linear(3, 2), Replicator()
-    with torch.inference_mode():
-        kept = on_second(module)
-    assert kept.device.type == "meta"
-    assert kept.requires_grad
-    assert not kept.is_inference(), "it serves later training steps too"
-    with torch.no_grad():
-        assert on_second(module) is kept
-        module.weight.add_(1)
-    changed = on_second(module)
-    assert changed is not kept
-    assert on_second(module) is changed
-    changed.detach().add_(1)
-    pristine = on_second(module)
-    assert pristine is not changed, "what a forward writes to a copy is lost"
-    pristine.mul_(2)
-    again = on_second(module)
-    assert "Fan" in type(again.grad_fn).__name__
-    replicator.forget()
-    assert on_second(module) is not again
 
 
 # --- inputs and outputs ---------------------------------------------------------------------------
@@ -1135,53 +1076,3 @@ def test_unfit_arguments_are_refused(
 ) -> None:
     with pytest.raises(kind, match=message):
         fastddp.DataParallel(module, device_ids)
-
-
-# --- on GPUs --------------------------------------------------------------------------------------
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_two_replicas_on_one_gpu_share_memory() -> None:
-    plain = CASES["transformer"].build().cuda()
-    model = fastddp.DataParallel(copy.deepcopy(plain), ["cuda:0", "cuda:0"])
-    (tokens,) = CASES["transformer"].whole_batch(2, 0)
-    for m, x in ((plain, tokens.cuda()), (model, tokens)):  # inputs are moved
-        loss_of(m(x)).backward()
-    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, want.grad)
-    first, second = model.replicate(model.module, model.device_ids)
-    for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        assert a.data_ptr() == b.data_ptr()
-
-
-@pytest.mark.gpu
-@needs_gpus
-@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "mixed_dtypes", "complex"])
-def test_training_on_two_gpus_is_that_of_torchs_class(name: str) -> None:
-    case = CASES[name]
-    ours = fastddp.DataParallel(case.build().cuda(), [0, 1])
-    theirs = nn.DataParallel(case.build().cuda(), [0, 1])
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, theirs)]
-    for step in range(3):
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-            optimizer.zero_grad()
-            loss_of(model(*case.whole_batch(2, step))).backward()
-            optimizer.step()
-    for got, want in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.gpu
-@needs_gpus
-def test_an_evaluation_sends_the_parameters_once() -> None:
-    model = fastddp.DataParallel(nn.Linear(3, 2).cuda(), [0, 1])
-    seen: list[int] = []
-    model.module.register_forward_hook(lambda m, *_: seen.append(id(m.weight)))
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.ones(4, 3))
-    assert len(set(seen)) == 2

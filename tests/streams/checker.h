@@ -13,7 +13,7 @@
 //   stream's order. That stream must therefore be ordered after every use, except those on streams
 //   told by record_stream, which the allocator waits for. Else: "premature free".
 //
-// Limits: one device. What the host has waited for is known to all its threads. A strided range
+// Limits: what the host has waited for is known to all its threads. A strided range
 // counts as all the bytes from its first to its last.
 #pragma once
 
@@ -215,12 +215,6 @@ class Checker {
     const std::lock_guard lock(mutex_);
     return std::exchange(syncs_, {});
   }
-  std::size_t num_launches() {
-    const std::lock_guard lock(mutex_);
-    std::size_t sum = 0;
-    for (std::size_t i = 0; i < clocks_.size(); ++i) sum += clocks_[i].at(i);
-    return sum;
-  }
 
  private:
   // Of a stream, with what the host knows: whatever is launched now comes after it.
@@ -276,8 +270,10 @@ class Checker {
   }
 
   std::mutex mutex_;
-  std::vector<Clock> clocks_ = std::vector<Clock>(1);  // by stream; 0 is the default one
-  std::map<std::size_t, std::string> names_{{0, "the default stream"}};
+  std::vector<Clock> clocks_ =
+      std::vector<Clock>(2);  // by stream; 0 and 1 are the devices' default ones
+  std::map<std::size_t, std::string> names_{{0, "the default stream"},
+                                            {1, "the second device's default stream"}};
   Clock host_;
   std::size_t num_allocations_ = 0;
   std::pair<std::size_t, Time> last_race_{0, 0};  // stream and time of the launch

@@ -1,4 +1,4 @@
-"""A device whose streams are checked: torch's PrivateUse1 under the name ``standin``.
+"""Two devices whose streams are checked: torch's PrivateUse1 under the name ``standin``.
 
 Memory is the host's and every operator runs at once, so values are always right; what is recorded
 is what a GPU would be free to reorder. ``checker.h`` states the rules. A process that has called
@@ -102,8 +102,8 @@ def load() -> None:
     loader.exec_module(_device)
     module = types.ModuleType(f"torch.{NAME}")
     module.is_available = lambda: True  # type: ignore[attr-defined]
-    module.device_count = lambda: 1  # type: ignore[attr-defined]
-    module.current_device = lambda: 0  # type: ignore[attr-defined]
+    module.device_count = _device.num_devices  # type: ignore[attr-defined]
+    module.current_device = _device.current_device  # type: ignore[attr-defined]
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
     module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
     module.manual_seed_all = lambda _: None  # type: ignore[attr-defined]
@@ -129,9 +129,9 @@ def _compiler() -> str:
 # ---- what tests use ------------------------------------------------------------------------------
 
 
-def stream(name: str) -> torch.Stream:
-    """Returns a new stream; findings call it ``name``."""
-    made = torch.Stream(device=NAME)
+def stream(name: str, index: int = 0) -> torch.Stream:
+    """Returns a new stream of a device; findings call it ``name``."""
+    made = torch.Stream(device=f"{NAME}:{index}")
     _device.name_stream(made.stream_id, name)
     return made
 
@@ -146,11 +146,6 @@ def label(text: str) -> Iterator[None]:
         _device.pop_label()
 
 
-def note_end(ended: torch.Stream) -> None:
-    """Lets the host know that all of a stream's work has ended, without its waiting for it."""
-    _device.note_end(ended.stream_id)
-
-
 @contextlib.contextmanager
 def capture() -> Iterator[None]:
     """Says to whoever asks that a graph is being captured. What is launched runs all the same."""
@@ -161,12 +156,6 @@ def capture() -> Iterator[None]:
     finally:
         _device.set_capturing(False)
         python_engine.is_capturing = streams.is_capturing
-
-
-def num_launches() -> int:
-    """Returns how many operators have run on the device."""
-    count: int = _device.num_launches()
-    return count
 
 
 def findings() -> list[Finding]:

@@ -29,9 +29,9 @@ class RecordingGroup(ProcessGroup):
     """See above.
 
     As with NCCL, a collective waits for the stream that it was called on and runs on one of its
-    own; ``Work.wait`` has the current stream wait and not the host; tensors are kept until then.
-    One that is not asynchronous runs on the current stream. A work that nobody waits for has its
-    tensors kept until :meth:`close`.
+    own; ``Work.wait`` has the current stream wait and not the host; tensors are kept until then, or
+    until the collective has ended if nobody waits for it. One that is not asynchronous runs on the
+    current stream.
 
     Args:
         rank: which one to be.
@@ -45,7 +45,6 @@ class RecordingGroup(ProcessGroup):
         self.sent: list[torch.Tensor] = []
         self.stream = device.stream("the group's stream")
         self._replay = list(replay)
-        self._in_flight: dict[int, list[torch.Tensor]] = {}
 
     @property
     def _device_types(self) -> list[torch.device]:
@@ -92,11 +91,6 @@ class RecordingGroup(ProcessGroup):
 
         return self._start("allgather", [*inputs, *(output for _, output in pairs)], gather)
 
-    def close(self) -> None:
-        """Lets go of what nobody has waited for, as NCCL does when it sees that it has ended."""
-        device.note_end(self.stream)
-        self._in_flight.clear()
-
     def _start(
         self,
         op: str,
@@ -104,15 +98,14 @@ class RecordingGroup(ProcessGroup):
         body: Callable[[], None],
         is_async: bool = True,
     ) -> Work:
-        nth = len(self.log)
+        name = f"{op} {len(self.log)}"
         self.log.append(Collective(op, sum(t.numel() for t in tensors), tensors[0].dtype))
         caller = torch.accelerator.current_stream()
         stream = self.stream if is_async else caller
         stream.wait_event(caller.record_event())
-        with torch.no_grad(), stream, device.label(f"{op} {nth}"):
+        with torch.no_grad(), stream, device.label(name):
             body()
-        self._in_flight[nth] = tensors
-        return _RecordedWork(stream, tensors, lambda: self._in_flight.pop(nth, None))
+        return RecordedWork(stream, tensors)
 
 
 class _Backend:
@@ -122,13 +115,14 @@ class _Backend:
         return False
 
 
-class _RecordedWork(Work):
-    def __init__(
-        self, stream: torch.Stream, tensors: list[torch.Tensor], let_go: Callable[[], object]
-    ) -> None:
+class RecordedWork(Work):
+    """See :class:`RecordingGroup`."""
+
+    def __init__(self, stream: torch.Stream, tensors: list[torch.Tensor]) -> None:
         super().__init__()
+        self._stream = stream
         self._end = stream.record_event()
-        self._let_go = let_go
+        self._kept = tensors
         # Done at once, like NCCL's: whoever takes the result has its stream wait.
         self._future = torch.futures.Future[list[torch.Tensor]](
             devices=[torch.device(device.NAME, 0)]
@@ -136,9 +130,13 @@ class _RecordedWork(Work):
         with stream:
             self._future.set_result(tensors)
 
+    def __del__(self) -> None:
+        for tensor in self._kept:  # the memory is not used again before the collective has ended
+            tensor.record_stream(self._stream)
+
     def wait(self, _timeout: Any = None) -> bool:
         torch.accelerator.current_stream().wait_event(self._end)
-        self._let_go()
+        self._kept = []
         return True
 
     def is_completed(self) -> bool:

@@ -1,5 +1,5 @@
-// A device for tests, on torch's PrivateUse1: memory of the host, operators that run at once on the
-// CPU, and streams and events that only tell a checker what was ordered. See checker.h.
+// Two devices for tests, on torch's PrivateUse1: memory of the host, operators that run at once on
+// the CPU, and streams and events that only tell a checker what was ordered. See checker.h.
 //
 // An operator comes to run_on_cpu(), where each of its tensors is replaced by a CPU tensor over the
 // same memory; the schema tells what it reads and writes.
@@ -13,11 +13,14 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
-#include <cstdlib>
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <atomic>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -39,7 +42,7 @@ using c10::DeviceIndex;
 using c10::DeviceType;
 using c10::Stream;
 
-const Device kDevice(DeviceType::PrivateUse1, 0);
+constexpr DeviceIndex kNumDevices = 2;
 const c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 
 // Never freed: blocks of memory outlive static objects.
@@ -48,18 +51,43 @@ Checker& checker() {
   return *instance;
 }
 
-thread_local std::size_t current_stream = 0;
+thread_local DeviceIndex current_device = 0;
+// By device. The default stream of a device has its number, and others leave its remainder.
+thread_local std::array<std::size_t, kNumDevices> current_streams{0, 1};
 std::atomic<bool> capturing{false};
 // Names what a test or the group of the tests does in several operators.
 thread_local std::vector<std::string> labels;
 
+DeviceIndex valid(DeviceIndex index) {
+  TORCH_CHECK(index < kNumDevices, "there are ", int{kNumDevices}, " stand-in devices");
+  return index < 0 ? current_device : index;
+}
+Device as_device(DeviceIndex index) { return {DeviceType::PrivateUse1, valid(index)}; }
+std::size_t& current_stream(DeviceIndex index = current_device) {
+  return current_streams.at(static_cast<std::size_t>(valid(index)));
+}
 Stream as_stream(std::size_t id) {
-  return Stream(Stream::UNSAFE, kDevice, static_cast<c10::StreamId>(id));
+  return Stream(Stream::UNSAFE, as_device(static_cast<DeviceIndex>(id % kNumDevices)),
+                static_cast<c10::StreamId>(id));
 }
 std::size_t as_id(const Stream& stream) { return static_cast<std::size_t>(stream.id()); }
 
+// Makes a device current for what is done here, as every operator does with that of its tensors.
+class OnDevice {
+ public:
+  explicit OnDevice(Device device) {
+    if (device.type() == DeviceType::PrivateUse1) current_device = valid(device.index());
+  }
+  ~OnDevice() { current_device = saved_; }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  const DeviceIndex saved_ = current_device;
+};
+
 Launch launch(const std::string& op) {
-  return checker().launch(current_stream, labels.empty() ? op : labels.back() + " (" + op + ")");
+  return checker().launch(current_stream(), labels.empty() ? op : labels.back() + " (" + op + ")");
 }
 
 // ---- what the host waits for ---------------------------------------------------------------
@@ -100,8 +128,8 @@ void free_block(void* context) {
 
 at::DataPtr make_block(at::DataPtr memory, std::size_t num_bytes) {
   void* const data = memory.get();
-  auto* const block = new Block{checker().allocate(num_bytes, current_stream), std::move(memory)};
-  return {data, block, &free_block, kDevice};
+  auto* const block = new Block{checker().allocate(num_bytes, current_stream()), std::move(memory)};
+  return {data, block, &free_block, as_device(current_device)};
 }
 
 struct Allocator final : c10::Allocator {
@@ -179,13 +207,20 @@ class Doubles {
     return result;
   }
 
-  // An operator may have made an output larger, which can give it other memory.
-  void follow_resizes() {
+  // An operator may have given an output another size, other memory (a larger one needs it) or
+  // another argument's storage.
+  void follow_changes(const Launch& launch) {
+    for (const auto& [ours, cpu] : storages_) {
+      if (cpu.data_ptr().get() == ours.data_ptr().get()) continue;
+      const std::size_t num_kept = std::min(ours.nbytes(), cpu.nbytes());
+      ours.set_data_ptr(take(cpu));
+      if (num_kept != 0) checker().write(block_of(ours.data_ptr())->shadow, {0, num_kept}, launch);
+      ours.set_nbytes(cpu.nbytes());
+    }
     for (const auto& [ours, cpu] : tensors_) {
-      if (ours.sizes() == cpu.sizes() && ours.strides() == cpu.strides()) continue;
       auto* const impl = ours.unsafeGetTensorImpl();
-      if (cpu.storage().data_ptr().get() != ours.storage().data_ptr().get())
-        impl->set_storage_keep_dtype(adopt(cpu.storage()));
+      for (const auto& [storage, double_] : storages_)
+        if (double_.is_alias_of(cpu.storage())) impl->set_storage_keep_dtype(storage);
       impl->set_sizes_and_strides(cpu.sizes(), cpu.strides(), cpu.storage_offset());
     }
   }
@@ -202,12 +237,15 @@ class Doubles {
     return cpu;
   }
 
+  // The memory of a storage of the CPU, as a block of the device's.
+  static at::DataPtr take(const c10::Storage& cpu) {
+    return make_block(cpu.set_data_ptr(at::DataPtr(nullptr, Device(DeviceType::CPU))),
+                      cpu.nbytes());
+  }
+
   static c10::Storage adopt(const c10::Storage& cpu) {
-    const std::size_t num_bytes = cpu.nbytes();
-    at::DataPtr memory = cpu.set_data_ptr(at::DataPtr(nullptr, Device(DeviceType::CPU)));
     return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
-        c10::StorageImpl::use_byte_size_t(), num_bytes, make_block(std::move(memory), num_bytes),
-        &allocator, true));
+        c10::StorageImpl::use_byte_size_t(), cpu.nbytes(), take(cpu), &allocator, true));
   }
 
   static at::Tensor like(const at::Tensor& cpu, const c10::Storage& storage) {
@@ -230,6 +268,9 @@ const std::unordered_set<std::string> kOverwrites{
 const std::unordered_set<std::string> kHostWaits{"aten::_local_scalar_dense", "aten::equal",
                                                  "aten::is_nonzero",          "aten::nonzero",
                                                  "aten::masked_select",       "aten::_unique2"};
+
+// Operators that only change what a tensor refers to.
+const std::unordered_set<std::string> kRefers{"aten::resize_", "aten::set_"};
 
 bool is_written(const c10::Argument& argument) {
   const auto* const alias = argument.alias_info();
@@ -270,13 +311,28 @@ c10::IValue map_tensors(const c10::IValue& value, const Map& map) {
   return value;
 }
 
+// That of the first tensor which is on one; else what is asked for, as by a factory.
+Device device_of(const torch::jit::Stack& stack, std::size_t begin) {
+  std::optional<Device> found;
+  for (std::size_t i = begin; i < stack.size() && !found; ++i) {
+    for_each_tensor(stack[i], [&](const at::Tensor& tensor) {
+      if (is_ours(tensor) && !found) found = tensor.device();
+    });
+  }
+  for (std::size_t i = begin; i < stack.size() && !found; ++i)
+    if (stack[i].isDevice()) found = stack[i].toDevice();
+  return found.value_or(as_device(current_device));
+}
+
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto& arguments = schema.arguments();
   const std::string& name = schema.name();
+  const std::size_t begin = stack->size() - arguments.size();
+  const OnDevice guard_device(device_of(*stack, begin));
   const Launch now =
       launch(name + (schema.overload_name().empty() ? "" : ".") + schema.overload_name());
-  const std::size_t begin = stack->size() - arguments.size();
+  const bool refers = kRefers.count(name) != 0;
 
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     const auto& argument = arguments[i];
@@ -284,7 +340,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const bool is_overwritten =
         is_written(argument) && (argument.kwarg_only() || kOverwrites.count(name) != 0);
     for_each_tensor((*stack)[begin + i], [&](const at::Tensor& tensor) {
-      if (is_ours(tensor) && !is_view && !is_overwritten) note_read(tensor, now);
+      if (is_ours(tensor) && !refers && !is_view && !is_overwritten) note_read(tensor, now);
     });
   }
   Doubles doubles;
@@ -292,7 +348,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     c10::IValue& value = (*stack)[begin + i];
     for_each_tensor(value, [&](const at::Tensor& tensor) {
-      if (is_ours(tensor) && is_written(arguments[i])) written.push_back(tensor);
+      if (is_ours(tensor) && !refers && is_written(arguments[i])) written.push_back(tensor);
     });
     if (value.isDevice()) {
       value = Device(DeviceType::CPU);
@@ -304,21 +360,22 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     op.callBoxed(stack);
   }
-  doubles.follow_resizes();
+  doubles.follow_changes(now);
   for (const at::Tensor& tensor : written) note_write(tensor, now);
   for (std::size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
     value = map_tensors(value, [&](const at::Tensor& t) { return doubles.back(t, now); });
   }
-  if (kHostWaits.count(name) != 0) wait_for_stream(current_stream, name);
+  if (kHostWaits.count(name) != 0) wait_for_stream(current_stream(), name);
 }
 
 at::Tensor empty(c10::SymIntArrayRef size,
                  std::optional<at::ScalarType> dtype,
                  std::optional<at::Layout> /*layout*/,
-                 std::optional<Device> /*device*/,
+                 std::optional<Device> device,
                  std::optional<bool> /*pin_memory*/,
                  std::optional<at::MemoryFormat> format) {
+  const OnDevice guard(device.value_or(as_device(current_device)));
   return at::detail::empty_generic_symint(size, &allocator, kKeys, c10::dtype_or_default(dtype),
                                           format);
 }
@@ -327,14 +384,24 @@ at::Tensor empty_strided(c10::SymIntArrayRef size,
                          c10::SymIntArrayRef stride,
                          std::optional<at::ScalarType> dtype,
                          std::optional<at::Layout> /*layout*/,
-                         std::optional<Device> /*device*/,
+                         std::optional<Device> device,
                          std::optional<bool> /*pin_memory*/) {
+  const OnDevice guard(device.value_or(as_device(current_device)));
   return at::detail::empty_strided_symint_generic(size, stride, &allocator, kKeys,
                                                   c10::dtype_or_default(dtype));
 }
 
-// All copies to, from and on the device.
+void wait_for(std::size_t stream, std::size_t other) {
+  if (stream != other) checker().block(checker().record(other), stream);
+}
+
+// All copies to, from, on and between the devices. As in CUDA, one between two runs on the source's
+// current stream, and the target's is ordered before and after it.
 at::Tensor& copy(at::Tensor& target, const at::Tensor& source, bool non_blocking) {
+  const OnDevice guard_device(is_ours(source) ? source.device() : target.device());
+  const bool is_between = is_ours(source) && is_ours(target) && source.device() != target.device();
+  const std::size_t other = is_between ? current_stream(target.get_device()) : current_stream();
+  wait_for(current_stream(), other);
   const Launch now = launch("aten::copy_");
   if (is_ours(source)) note_read(source, now);
   if (is_ours(target)) note_write(target, now);
@@ -343,8 +410,9 @@ at::Tensor& copy(at::Tensor& target, const at::Tensor& source, bool non_blocking
     const at::AutoDispatchBelowADInplaceOrView guard;
     doubles.of(target).copy_(doubles.of(source));
   }
+  wait_for(other, current_stream());
   if (!non_blocking && is_ours(source) != is_ours(target))
-    wait_for_stream(current_stream, is_ours(source) ? "copy to the host" : "copy to the device");
+    wait_for_stream(current_stream(), is_ours(source) ? "copy to the host" : "copy to the device");
   return target;
 }
 
@@ -373,22 +441,30 @@ struct Event {
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::PrivateUse1; }
-  Device exchangeDevice(Device /*device*/) const override { return kDevice; }
-  Device getDevice() const override { return kDevice; }
-  void setDevice(Device /*device*/) const override {}
-  void uncheckedSetDevice(Device /*device*/) const noexcept override {}
-  DeviceIndex deviceCount() const noexcept override { return 1; }
+  Device exchangeDevice(Device device) const override {
+    return as_device(std::exchange(current_device, valid(device.index())));
+  }
+  Device getDevice() const override { return as_device(current_device); }
+  void setDevice(Device device) const override { current_device = valid(device.index()); }
+  void uncheckedSetDevice(Device device) const noexcept override { setDevice(device); }
+  DeviceIndex deviceCount() const noexcept override { return kNumDevices; }
 
-  Stream getStream(Device /*device*/) const override { return as_stream(current_stream); }
-  Stream getDefaultStream(Device /*device*/) const override { return as_stream(0); }
-  Stream getNewStream(Device /*device*/, int /*priority*/) const override {
-    return as_stream(checker().new_stream());
+  Stream getStream(Device device) const override {
+    return as_stream(current_stream(device.index()));
+  }
+  Stream getDefaultStream(Device device) const override {
+    return as_stream(static_cast<std::size_t>(valid(device.index())));
+  }
+  Stream getNewStream(Device device, int /*priority*/) const override {
+    std::size_t id = checker().new_stream();
+    while (as_stream(id).device_index() != valid(device.index())) id = checker().new_stream();
+    return as_stream(id);
   }
   Stream getStreamFromGlobalPool(Device device, bool /*high*/) const override {
     return getNewStream(device, 0);
   }
   Stream exchangeStream(Stream stream) const override {
-    return as_stream(std::exchange(current_stream, as_id(stream)));
+    return as_stream(std::exchange(current_stream(stream.device_index()), as_id(stream)));
   }
   void* getStreamNativeHandle(const Stream stream) const override {
     return reinterpret_cast<void*>(as_id(stream));
@@ -436,12 +512,16 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex /*index*/) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex /*index*/) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex /*index*/) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex /*index*/) const override { return 0; }
-  Device getDeviceFromPtr(void* /*data*/) const override { return kDevice; }
+  DeviceIndex deviceCount() const override { return kNumDevices; }
+  DeviceIndex getCurrentDevice() const override { return current_device; }
+  void setCurrentDevice(DeviceIndex index) const override { current_device = valid(index); }
+  DeviceIndex exchangeDevice(DeviceIndex index) const override {
+    return std::exchange(current_device, valid(index));
+  }
+  DeviceIndex maybeExchangeDevice(DeviceIndex index) const override {
+    return std::exchange(current_device, valid(index));
+  }
+  Device getDeviceFromPtr(void* /*data*/) const override { return as_device(current_device); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
 };
 
@@ -472,10 +552,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("push_label", [](std::string label) { labels.push_back(std::move(label)); });
   m.def("pop_label", [] { labels.pop_back(); });
-  // What only a transport's own thread finds out: that its stream has come this far.
-  m.def("note_end", [](std::size_t stream) { checker().host_waits(checker().record(stream)); });
+  m.def("num_devices", [] { return kNumDevices; });
+  m.def("current_device", [] { return current_device; });
   m.def("set_capturing", [](bool value) { capturing = value; });
-  m.def("num_launches", [] { return checker().num_launches(); });
   m.def("take_findings", [] {
     std::vector<std::pair<std::string, std::string>> result;
     for (Finding& one : checker().take_findings())

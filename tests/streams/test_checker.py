@@ -80,6 +80,16 @@ def overlapping_part() -> None:
     current().wait_stream(side)
 
 
+def list_written_in_place() -> object:
+    grads = [ones(2), ones(3)]
+    scalars = torch.zeros(1, device=device.NAME), ones(1)
+    side = device.stream("side")
+    side.wait_stream(current())
+    with side:
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, *scalars)
+    return grads, scalars, grads[1] + 1
+
+
 def read_of_nothing() -> None:
     torch.empty(3, device=device.NAME) + 1
 
@@ -116,6 +126,7 @@ FOUND: dict[Callable[[], object], tuple[str, ...]] = {
     result_used_before_the_end: ("race", "allreduce 0 (aten::mul.out) on the group's stream"),
     launched_over_another_stream: ("race", "allreduce 0", "aten::zero_ on side"),
     overlapping_part: ("race", "aten::zero_ on the default stream", "aten::zero_ on side"),
+    list_written_in_place: ("race", "read by aten::add.out on the default", "unscale_ on side"),
     read_of_nothing: ("uninitialised read", "aten::add.out on the default stream"),
     read_of_the_unwritten_half: ("uninitialised read", "(32 bytes"),
     freed_in_use: ("premature free", "the read by aten::add.out on side"),
@@ -341,6 +352,22 @@ def _computes_as_the_cpu(rank: int, world_size: int) -> None:
         assert got.device.type == device.NAME
         assert (got.shape, got.stride()) == (expected.shape, expected.stride())
         assert torch.equal(got.cpu(), expected)
+    grown = y[0].clone()
+    part = grown[1]
+    assert torch.equal(grown.resize_(24)[:12].cpu(), x.flatten()[:12])
+    assert part.untyped_storage().data_ptr() == grown.untyped_storage().data_ptr()
+    other = y.new_empty(0).set_(grown)
+    grown.fill_(3)
+    assert other.cpu().tolist() == [3.0] * 24
+
+    many = [y.clone(), y[0].clone()]
+    torch._foreach_mul_(many, 2)
+    torch._foreach_copy_(many[:1], [y.transpose(0, 0)])
+    torch._amp_foreach_non_finite_check_and_unscale_(many, *y.new_tensor([[0], [0.5]]))
+    assert torch.equal(many[0].cpu() * 2, x)
+    assert torch.equal(many[1].cpu(), x[0])
+    assert torch.equal(torch.stack(torch._foreach_norm(many)).cpu()[1], x[0].norm())
+
     z = y.clone()
     z.select(0, 1).view(-1)[2:4] = 5
     assert z.cpu().flatten()[14:16].tolist() == [5.0, 5.0]

@@ -53,8 +53,6 @@ def _train(rank: int, size: int, engine: str, replay: Sequence[Tensor]) -> Recor
     for _ in range(STEPS):
         model(torch.ones(5, 4, device=device.NAME)).sum().backward()
         model.zero_grad()
-    del model
-    group.close()
     return group
 
 

@@ -1,0 +1,43 @@
+"""A group of one rank on NCCL, and wrappers that work in it as among many."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from fastddp.replica import Replica
+from tests.gpu.common import BACKEND, DEVICE
+
+
+@pytest.fixture(scope="module")
+def _group() -> Iterator[None]:
+    torch.cuda.set_device(DEVICE)
+    dist.init_process_group(
+        BACKEND, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60)
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank(_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a world of one rank averaged like any other, which is a copy: a sum of one, by one."""
+
+    def set_group(self: Replica, group: ProcessGroup | None) -> None:
+        self._group = None if group is None else weakref.ref(group)
+        self._alone = group is None
+
+    monkeypatch.setattr(Replica, "_set_group", set_group)
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Make it an error to have the host wait for the device, between `forbid` and the end."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
