@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -12,6 +13,20 @@ from fastddp.compiler import untraced
 def in_backward() -> bool:
     """Returns whether this thread runs a part of a backward."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def wait_until(done: Callable[[], bool]) -> bool:
+    """Waits for another thread to get something done, unless this one is inside a backward.
+
+    Returns:
+        Whether it is done, or not to be waited for; False after 10 s.
+    """
+    if done() or in_backward():
+        return True
+    deadline = time.monotonic() + 10
+    while not done() and time.monotonic() < deadline:
+        time.sleep(50e-6)
+    return done()
 
 
 def on_backward(outputs: Iterable[torch.Tensor], begin: Callable[[], None]) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
-from fastddp.backward import at_end_of_backward, on_backward
+from fastddp.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.collectives import Loan, settle, without_context
 from fastddp.compiler import untraced
+from fastddp.streams import has_streams, is_capturing
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ class DelayedReducer:
         self._params = [params[name] for name in delay.names]
         self._is_open = False  # a backward runs that is synchronised
         self._is_due = False  # and the trigger has its gradient
+        self._is_ending = False  # that backward
+        self._used: dict[torch.dtype, list[float]] = {}  # flags that were read last
         self._abandoned: list[Loan] = []
         this = weakref.ref(self)
 
@@ -120,6 +123,11 @@ class DelayedReducer:
 
         on_backward(outputs, begin)
 
+    def settle(self) -> bool:
+        """See :meth:`fastddp.engine.Reducer.settle`."""
+        on_device = has_streams(self._params[0].device)
+        return not on_device or wait_until(lambda: not (self._is_open or self._is_ending))
+
     def close(self) -> None:
         """Unhooks the trigger; nothing is averaged any more."""
         self._hook.remove()
@@ -143,6 +151,13 @@ class DelayedReducer:
     @untraced
     @torch.no_grad()
     def _end(self, ok: bool) -> None:
+        self._is_ending = True
+        try:
+            self._average(ok)
+        finally:
+            self._is_ending = False
+
+    def _average(self, ok: bool) -> None:
         is_due, self._is_open, self._is_due = self._is_due, False, False
         if not is_due:
             return
@@ -199,7 +214,10 @@ class DelayedReducer:
     def _hand_out(self, flat: _Flat) -> None:
         # Reading flags from a device waits for it, which only a rank without a gradient does.
         reads = any(param.grad is None for param in flat.params)
-        flags = flat.flags.tolist() if reads else [1.0] * len(flat.params)
+        if reads and not is_capturing(flat.flags.device):  # a graph goes by what was read last
+            self._used[flat.flags.dtype] = flat.flags.tolist()
+        known = self._used.get(flat.flags.dtype)
+        flags = known if reads and known else [1.0] * len(flat.params)
         for param, piece, flag in zip(flat.params, flat.pieces, flags, strict=True):
             if param.grad is None and not flag:
                 continue

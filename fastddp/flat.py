@@ -38,8 +38,9 @@ def flatten(
         tensors: at least one; any shapes, one device, and one dtype of float32, float64, float16
             and bfloat16.
         out: the buffer, of one dimension, contiguous; a new one by default. Elements between the
-            tensors are left alone, in a new one zero.
-        dtype: of a new buffer, by default the tensors'. float64 only goes with float64.
+            tensors are left alone, in a new one zero. A tensor may lie in its own place in it, and
+            nowhere else.
+        dtype: of the buffer, by default the tensors'. float64 only goes with float64.
         scale: a factor.
         offsets: where in the buffer each begins, in elements and without overlap; by default one
             after the other.
@@ -59,10 +60,12 @@ def flatten(
         kind = tensors[0].dtype if dtype is None else dtype
         make = torch.empty if offsets is None else torch.zeros
         out = make(end, dtype=kind, device=tensors[0].device)
+    if dtype not in (None, out.dtype):
+        raise ValueError(f"fastddp: dtype={dtype}, but the buffer given as out is {out.dtype}")
     _check(out, tensors, places, moments)
     native = _native(out)
     if native is not None:
-        contiguous = [tensor.detach().contiguous() for tensor in tensors]
+        contiguous = [tensor.detach().resolve_neg().contiguous() for tensor in tensors]
         native.flatten(out, contiguous, places, scale, moments)
         torch.autograd.graph.increment_version(out)
         return out
@@ -98,7 +101,7 @@ def unflatten(
     places = _places(tensors, offsets)
     _check(flat, tensors, places, None)
     native = _native(flat)
-    if native is not None and all(tensor.is_contiguous() for tensor in tensors):
+    if native is not None and all(t.is_contiguous() and not t.is_neg() for t in tensors):
         native.unflatten(flat, [tensor.detach() for tensor in tensors], places, scale)
         torch.autograd.graph.increment_version(tensors)
         return
@@ -156,11 +159,15 @@ def _check(
         if begin < end:
             raise ValueError(f"fastddp: two tensors overlap at element {begin} of the flat buffer")
     if moments is not None and (
-        moments.dtype != torch.float64 or moments.shape != (2,) or moments.device != device
+        moments.dtype != torch.float64
+        or moments.shape != (2,)
+        or not moments.is_contiguous()
+        or moments.device != device
     ):
         raise ValueError(
-            f"fastddp: moments must be 2 float64 elements on {device}, got {moments.dtype} of shape"
-            f" {tuple(moments.shape)} on {moments.device}"
+            f"fastddp: moments must be 2 float64 elements on {device}, one after the other, got"
+            f" {moments.dtype} of shape {tuple(moments.shape)} and strides {moments.stride()} on"
+            f" {moments.device}"
         )
 
 

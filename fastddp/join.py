@@ -60,6 +60,7 @@ class ReplicaJoinHook(JoinHook):
     def main_hook(self) -> None:
         """Takes part in a forward and backward of the other ranks."""
         replica = self._replica
+        replica.begin()
         if self._own is None:
             grads = {param: param.grad for param in replica.module.parameters()}
             self._own = {p: None if grad is None else grad.clone() for p, grad in grads.items()}
@@ -74,6 +75,7 @@ class ReplicaJoinHook(JoinHook):
     def post_hook(self, is_last_joiner: bool) -> None:
         """Gives every rank the model of one that has seen all inputs."""
         replica = self._replica
+        replica.begin()
         replica.divisor = None
         replica.decides_at_forward = False
         for param, grad in (self._own or {}).items():

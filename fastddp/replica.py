@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -214,8 +215,6 @@ class Replica:
     def before_forward(self) -> None:
         """Gives every rank rank 0's buffers, unless the forward before was not synchronised."""
         self.begin()
-        if self._reducer is not None:
-            self._reducer.settle()
         if self._decides_at_forward:  # a join that ended early
             self.decides_at_forward = False
         hook = self.buffer_hook
@@ -228,13 +227,29 @@ class Replica:
             self.broadcast_buffers(buffers)
 
     def begin(self) -> None:
-        """Takes over, at the first forward, optimizers that parameters got after wrapping."""
+        """Makes ready for a forward, or for that of other ranks.
+
+        Takes over, at the first one, optimizers that parameters got after wrapping.
+        """
+        self._settle()
         if self._began:
             return
         self._began = True
         if self._reducer is not None:
             self._stepping = optim_in_backward.take_over(self._hooked)
             self._watch_rounds()
+
+    def _settle(self) -> None:
+        """Lets a round that its backward has left by an exception be over, as on other ranks."""
+        waits = [r.settle() for r in (self._reducer, self._delayed) if r is not None]
+        if not all(waits):
+            warnings.warn(
+                f"fastddp: rank {self.live_group.rank()}: a backward of this model has been running"
+                " in another thread for 10 s while its next forward waits; if it raised, this"
+                " rank's collectives are out of order from now on",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @untraced
     def after_forward(self, output: object) -> None:

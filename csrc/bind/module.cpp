@@ -44,7 +44,7 @@ std::vector<FlatPiece> pieces_of(const at::Tensor& flat,
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = tensors[i];
     const std::int64_t end = offsets[i] + tensor.numel();
-    TORCH_CHECK_VALUE(tensor.is_contiguous() && !tensor.is_complex() &&
+    TORCH_CHECK_VALUE(tensor.is_contiguous() && !tensor.is_complex() && !tensor.is_neg() &&
                           tensor.device() == flat.device() &&
                           tensor.scalar_type() == tensors.front().scalar_type() &&
                           offsets[i] >= 0 && end <= flat.numel(),
@@ -62,7 +62,11 @@ void flatten_tensors(const at::Tensor& flat,
                      const std::vector<std::int64_t>& offsets,
                      double scale,
                      const std::optional<at::Tensor>& moments) {
-  flatten(flat, pieces_of(flat, tensors, offsets), tensors.at(0).scalar_type(), scale,
+  TORCH_CHECK_VALUE(
+      !moments || (moments->is_contiguous() && moments->numel() == 2 &&
+                   moments->scalar_type() == at::kDouble && moments->device() == flat.device()),
+      "expected moments of two float64 elements, one after the other");
+  flatten(flat, pieces_of(flat, tensors, offsets), tensors.front().scalar_type(), scale,
           moments.value_or(at::Tensor()));
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/ScalarOps.h>
 #include <ATen/ThreadLocalPythonObjects.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/StreamGuard.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -276,6 +277,9 @@ void Reducer::abandon_round() noexcept {
   const std::lock_guard lock(mutex_);
   if (!round_) return;
   const c10::NoGradGuard no_grad;
+  // Autograd's thread, with no node running, is on the default stream, which nothing orders behind
+  // the round before.
+  c10::OptionalStreamGuard guard(round_->stream);
   try {
     flush(false);
   } catch (...) {  // the backward's own exception is on its way to the user and says more
@@ -296,13 +300,14 @@ void Reducer::drop_round() {
 // When a backward on a GPU raises, the thread that autograd ran it in may be the last to let go of
 // it, a moment after the caller got its exception. What the caller launches next would come before
 // the rest of the round, on this rank alone. (tests/streams/test_abandoned_rounds.py)
-void Reducer::settle() const {
-  constexpr auto kPatience = std::chrono::seconds(10);  // a backward of another thread may be long
+bool Reducer::settle() const {
+  constexpr auto kPatience = std::chrono::seconds(10);
   if (!is_in_round_ || !has_streams(device_) || torch::autograd::get_current_graph_task_id() != -1)
-    return;
+    return true;
   const auto deadline = std::chrono::steady_clock::now() + kPatience;
   while (is_in_round_ && std::chrono::steady_clock::now() < deadline)
     std::this_thread::sleep_for(std::chrono::microseconds(50));
+  return !is_in_round_;
 }
 
 void Reducer::shadow() {
@@ -319,12 +324,14 @@ void Reducer::begin_round(bool is_shadow) {
   // agreements are put off on all of them.
   const bool captures = is_capturing(device_);
   if (!captures) await_agreements();
-  TORCH_CHECK(
-      !captures || installed_, "fastddp: rank ", rank_,
-      ": a graph is being captured in the first synchronised backward of this model, or the "
-      "first after one that raised; run it two times before the capture");
+  TORCH_CHECK(!captures || (installed_ && !order_), "fastddp: rank ", rank_,
+              ": a graph is being captured in one of the first two synchronised backwards of this "
+              "model, or "
+              "the first after one that raised; run it two times before the capture");
+  captured_ |= captures;
   if (!installed_) install_plan();
   round_ = std::make_unique<Round>(plan_, params_.size(), is_shadow);
+  if (has_streams(device_)) round_->stream = current_stream(device_);
   round_->is_early = schedule_.begin() || !may_launch_late();
   is_in_round_ = true;
 }
@@ -374,7 +381,12 @@ void Reducer::install_plan() {
     }
   }
   drain_current_stream(device_);  // whatever stream the old buckets were used on
-  // Frees the old buckets before the new are allocated.
+  // Frees the old buckets before the new are allocated. A graph goes on to write to its own.
+  if (captured_) {
+    std::move(buckets_.begin(), buckets_.end(), std::back_inserter(of_graphs_));
+    of_graphs_.push_back({.flat = loose_flags_, .wire = {}, .flags = {}, .ones = {}});
+    captured_ = false;
+  }
   buckets_.clear();
   for (Param& param : params_) {
     param.slot.reset();
@@ -547,6 +559,9 @@ void Reducer::flatten_bucket(std::size_t index, const std::vector<std::size_t>& 
   for (const std::size_t slot : missing) {
     const auto param = static_cast<std::size_t>(plan.slots[slot].param);
     const Leftover leftover = take_leftover(param);
+    // Whatever stream it is from.
+    if (leftover.grad.defined() && has_streams(device_))
+      outlive(leftover.grad, current_stream(device_));
     add_piece(pieces, index, param, leftover.grad);
     if (!leftover.counts) uncounted.push_back(slot);
   }
@@ -573,7 +588,7 @@ void Reducer::flatten_bucket(std::size_t index, const std::vector<std::size_t>& 
   filling.is_flattened = true;
 }
 
-// A gradient that does not lie as its place does goes there by itself. Autograd gives none such.
+// A gradient that does not lie as its place does goes there by itself. Autograd makes none such.
 void Reducer::add_piece(std::vector<FlatPiece>& pieces,
                         std::size_t bucket,
                         std::size_t index,
@@ -582,11 +597,7 @@ void Reducer::add_piece(std::vector<FlatPiece>& pieces,
   const at::Tensor& place = param.place;
   const auto offset = place.storage_offset();
   if (!lazy_grad.defined()) {
-    if (place.is_non_overlapping_and_dense()) {
-      pieces.push_back({{}, offset, place.numel()});
-    } else {
-      place.zero_();
-    }
+    pieces.push_back({{}, offset, place.numel()});
     return;
   }
   at::Tensor grad = as_real(resolved(lazy_grad));

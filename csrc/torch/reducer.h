@@ -116,8 +116,9 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void set_after_round(std::function<void()> callback);
   // Takes part in a round of the other ranks with nothing to add.
   void shadow();
-  // Waits for another thread to end a round that its backward has left by an exception.
-  void settle() const;
+  // Waits for another thread to end a round that its backward has left by an exception. Returns
+  // whether it has; after 10 s it gives up, for a thread may as well run a long backward.
+  bool settle() const;
 
   Stats stats() const;
   std::vector<BucketPlan> plan() const;
@@ -191,7 +192,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   struct Round {
     Round(const std::vector<BucketPlan>& plan, std::size_t num_params, bool is_shadow)
         : is_shadow(is_shadow), tracker(plan), taken(num_params, 0), fillings(plan.size()) {}
-    const bool is_shadow;  // of a round of the other ranks
+    const bool is_shadow;               // of a round of the other ranks
+    std::optional<c10::Stream> stream;  // that it began on
     ReadyTracker tracker;
     std::vector<int> taken;         // by parameter, gradients so far
     std::vector<Filling> fillings;  // by bucket
@@ -282,6 +284,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   bool installed_ = false;  // whether the next three are the plan's
   std::vector<Bucket> buckets_;
   std::optional<c10::Stream> home_;  // that they were allocated on
+  bool captured_ = false;            // whether a graph refers to them
+  std::vector<Bucket> of_graphs_;    // former buckets that graphs refer to
   std::vector<Wait> abandoned_;      // for collectives that may still write to them
   at::Tensor loose_flags_;           // those that travel in no bucket; undefined if there are none
   std::optional<Agreement> order_;   // of arrival in the first round, from rank 0

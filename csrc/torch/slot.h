@@ -34,9 +34,13 @@ inline at::Tensor resolved(const at::Tensor& grad) {
 }
 
 // Whether the two hold their elements in the same places, so that one flat loop runs over both.
+// Autograd goes by the parameter's strides, but for dimensions of size 1, where they mean nothing.
 inline bool lies_like(const at::Tensor& place, const at::Tensor& grad) {
-  return place.sizes() == grad.sizes() && place.strides() == grad.strides() &&
-         place.is_non_overlapping_and_dense();
+  if (place.sizes() != grad.sizes() || !place.is_non_overlapping_and_dense()) return false;
+  for (std::int64_t dim = 0; dim < place.dim(); ++dim) {
+    if (place.size(dim) != 1 && place.stride(dim) != grad.stride(dim)) return false;
+  }
+  return true;
 }
 
 inline bool runs_flat(const at::Tensor& place, const at::Tensor& grad) {

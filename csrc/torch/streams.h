@@ -8,6 +8,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#ifdef FASTDDP_CUDA
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#endif
 
 #include <algorithm>
 #include <vector>
@@ -33,8 +36,13 @@ inline bool is_capturing(c10::Device device) {
   const auto ask = [device](const auto& guard) {
     if constexpr (requires { guard.isStreamCapturing(current_stream(device)); }) {
       return guard.isStreamCapturing(current_stream(device));
-    } else {
-      return false;  // an older torch, which has no such question
+    } else {  // an older torch, which has no such question
+#ifdef FASTDDP_CUDA
+      return device.is_cuda() &&
+             c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+#else
+      return false;
+#endif
     }
   };
   return ask(*c10::impl::getDeviceGuardImpl(device.type()));

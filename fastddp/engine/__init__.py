@@ -91,10 +91,11 @@ class Reducer(Protocol):
         Then another reducer is needed, on every rank before its next backward.
         """
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Waits for another thread to end a round that its backward has left by an exception.
 
-        On a GPU, where autograd has threads of its own; for whoever communicates next.
+        On a GPU, where autograd has threads of its own; for whoever communicates next. Returns
+        whether it is over; after 10 s it gives up, for a thread may as well run a long backward.
         """
 
     def shadow(self) -> None:

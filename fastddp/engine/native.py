@@ -79,8 +79,8 @@ class NativeReducer:
     def outgrown(self) -> bool:
         return self._reducer.outgrown()
 
-    def settle(self) -> None:
-        self._reducer.settle()
+    def settle(self) -> bool:
+        return self._reducer.settle()
 
     def shadow(self) -> None:
         self._reducer.shadow()

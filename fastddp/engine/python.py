@@ -40,7 +40,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.distributed_c10d import AllreduceOptions
 
-from fastddp.backward import at_end_of_backward, in_backward, on_backward
+from fastddp.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.collectives import Loan, settle, without_context
 from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.engine.schedule import Schedule
@@ -62,9 +62,6 @@ from fastddp.streams import (
     is_capturing,
     keep_for_current,
 )
-
-_PATIENCE_S = 10.0
-"""A backward that another thread runs may be long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +121,8 @@ class _Round:
     """Whether buckets are launched as they fill."""
     touched: list[Touched]
     """By bucket; the last is of the sparse gradients."""
+    stream: torch.Stream | None
+    """That it began on."""
     begin: float = field(default_factory=time.perf_counter)
     next_bucket: int = 0
     taken: Counter[int] = field(default_factory=Counter)
@@ -154,6 +153,8 @@ class PythonReducer:
         self._memory: list[_Memory] = []
         self._installed = False  # whether these two are the plan's
         self._home: torch.Stream | None = None  # that they were allocated on
+        self._captured = False  # whether a graph refers to them
+        self._of_graphs: list[_Memory] = []  # former buckets that graphs refer to
         self._abandoned: list[Wait] = []  # for collectives that may still write to them
         self._params = list(params)
         self._device = params[0].device if params else torch.device("cpu")
@@ -222,15 +223,11 @@ class PythonReducer:
     def outgrown(self) -> bool:
         return any(param.requires_grad for param in self._frozen)
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         # When a backward on a GPU raises, the thread that autograd ran it in may be the last to let
         # go of it, a moment after the caller got its exception. What the caller launches next would
         # come before the rest of the round, on this rank alone.
-        if not self._in_round or not has_streams(self._device) or in_backward():
-            return
-        deadline = time.monotonic() + _PATIENCE_S
-        while self._in_round and time.monotonic() < deadline:
-            time.sleep(50e-6)
+        return not has_streams(self._device) or wait_until(lambda: not self._in_round)
 
     @torch.no_grad()
     def shadow(self) -> None:
@@ -315,7 +312,9 @@ class PythonReducer:
         if current is None:
             return
         # The backward's own exception is on its way to the user and says more than one of these.
-        with contextlib.suppress(Exception):
+        # Autograd's thread, with no node running, is on the default stream, which nothing orders
+        # behind the round before.
+        with contextlib.suppress(Exception), current.stream or contextlib.nullcontext():
             self._flush(current, waits=False)
         self._drop(current)
 
@@ -366,12 +365,13 @@ class PythonReducer:
         captures = is_capturing(self._device)
         if not captures:
             self._await_agreements()
-        elif not self._installed:
+        elif not self._installed or self._order is not None:
             raise RuntimeError(
-                f"fastddp: rank {self._rank}: a graph is being captured in the first synchronised"
-                " backward of this model, or the first after one that raised; run it two times"
-                " before the capture"
+                f"fastddp: rank {self._rank}: a graph is being captured in one of the first two"
+                " synchronised backwards of this model, or the first after one that raised; run it"
+                " two times before the capture"
             )
+        self._captured |= captures
         if not self._installed:
             self._install_plan()
         self._in_round = True
@@ -380,6 +380,7 @@ class PythonReducer:
             missing=[len(bucket.slots) for bucket in self._plan.buckets],
             is_early=self._schedule.begin() or not self._may_launch_late,
             touched=[Touched() for _ in range(len(self._plan.buckets) + 1)],
+            stream=home_of(self._device),
         )
 
     def _await_agreements(self) -> None:
@@ -414,6 +415,11 @@ class PythonReducer:
             with contextlib.suppress(RuntimeError):  # of a backward that raised anyway
                 wait()
         drain_current_stream(self._device)  # whatever stream the old buckets were used on
+        if self._captured:  # a graph goes on to write to its own
+            self._of_graphs += self._memory
+            if self._loose_flags is not None:
+                self._of_graphs.append(self._loose_flags)
+            self._captured = False
         self._places.clear()  # frees the old buckets before the new are allocated
         self._memory.clear()
         num_sparse = len(self._params) - self._num_dense
@@ -578,6 +584,8 @@ class PythonReducer:
                 place.slot = _empty_sparse(param)
         elif is_dense:
             _write(place.sent, grad, self._scale)
+            if current.stream is not None:  # whatever stream it is from
+                grad.record_stream(torch.accelerator.current_stream(self._device))
         else:
             place.slot = _scale_sparse(grad, self._scale)
         if accumulated:
@@ -687,7 +695,8 @@ class PythonReducer:
         """Returns zeroed memory, so that the padding between slots sums to zero for ever."""
         device = self._device
         group = self._group()
-        with contextlib.suppress(RuntimeError):  # not ready, as NCCL before its first collective
+        # Not ready, as NCCL before its first collective.
+        with contextlib.suppress(RuntimeError, ValueError):
             backend = group._get_backend(device)
             if backend.supports_tensor_alloc(device):
                 return backend.allocate_tensor(numel, dtype=dtype, device=device).zero_()

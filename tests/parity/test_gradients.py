@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddp
-from tests.conftest import require_native
+from tests.conftest import flattening, require_native
 from tests.models import CASES, Ladder, ladder_x, loss_of, mean_x
 from tests.parity.checks import (
     assert_ladder,
@@ -338,3 +339,35 @@ def _threads(rank: int, world_size: int, engine: str) -> list[str]:
 def test_large_gradients_with_several_torch_threads(engine: str) -> None:
     by_rank = run_ranks(_threads, 2, engine)
     assert by_rank[0] == by_rank[1]
+
+
+# --- the fused pass -------------------------------------------------------------------------------
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _count_copies(rank: int, world_size: int) -> int:
+    with flattening():
+        narrow = nn.Linear(8, 1, bias=False)
+        model = fastddp.DistributedDataParallel(narrow, engine="native")
+        for _ in range(3):
+            model.zero_grad()
+            # A gradient whose strides are another's where the size is 1, and nowhere else.
+            loss = torch.einsum("bi,oi->bo", torch.ones(4, 8), narrow.weight).sum()
+            operators = _Operators()
+            with operators:
+                loss.backward()
+    return sum("mul.out" in name for name in operators.names)
+
+
+def test_strides_of_dimensions_of_size_1_leave_nothing_out_of_the_fused_pass() -> None:
+    require_native()
+    assert run_ranks(_count_copies, 2) == [0, 0]

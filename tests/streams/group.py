@@ -56,7 +56,12 @@ class RecordingGroup(ProcessGroup):
     def _get_backend(self, _device: torch.device) -> _Backend:
         return _Backend()
 
-    def allreduce(self, tensors: Any, opts: AllreduceOptions | None = None) -> Work:
+    def allreduce(
+        self, tensors: Any, opts: AllreduceOptions | ReduceOp.RedOpType | None = None
+    ) -> Work:
+        if isinstance(opts, ReduceOp.RedOpType):
+            op, opts = opts, AllreduceOptions()
+            opts.reduceOp = op
         opts = opts or AllreduceOptions()
         tensors = _as_list(tensors)
         factor = {ReduceOp.SUM: self.size(), ReduceOp.AVG: 1, ReduceOp.MAX: 1}[opts.reduceOp.op]

@@ -321,20 +321,43 @@ class Fragile(Layers):
 
 def backward_raises(engine: str) -> Trained:
     """The round is abandoned: its buckets are in flight and nobody will wait for them."""
-    trained = Trained(engine, Fragile())
+    return _some_raise(Trained(engine, Fragile()))
+
+
+def backward_raises_on_another_stream(engine: str) -> Trained:
+    with _side_stream():
+        return _some_raise(Trained(engine, Fragile()))
+
+
+def last_of_micro_batches_raises_on_another_stream(engine: str) -> Trained:
+    with _side_stream():
+        return _some_raise(Trained(engine, Fragile()), num_before=1)
+
+
+def _side_stream() -> torch.Stream:
+    side = device.stream("side")
+    side.wait_stream(torch.accelerator.current_stream())
+    return side
+
+
+def _some_raise(trained: Trained, num_before: int = 0) -> Trained:
     for nth in range(2 * ROUNDS):
+        trained.model.module.breaks = False
+        for _ in range(num_before):
+            with trained.model.no_sync():
+                trained.backward()
         trained.model.module.breaks = nth in (0, 3, 4)
         num_collectives = len(trained.group.log)
         if trained.model.module.breaks:
             with pytest.raises(ArithmeticError):
                 trained.backward()
-            for optimizer in trained.optimizers:
-                optimizer.zero_grad()
             # The last to let go of the backward, often autograd's own thread, abandons the round.
             deadline = time.monotonic() + 10
             while len(trained.group.log) < num_collectives + trained.num_buckets():
                 assert time.monotonic() < deadline, "the abandoned round's buckets were not sent"
                 time.sleep(0.001)
+            for optimizer in trained.optimizers:
+                optimizer.zero_grad()
         else:
             trained.backward()
             trained.step()
@@ -484,7 +507,14 @@ QUIET = (
     hook_of_torch_from_another_stream,
 )
 """Programs in which the host may not wait once the order of buckets is settled."""
-PROGRAMS = (*QUIET, unused_parameters, rounds_of_the_others, backward_raises)
+PROGRAMS = (
+    *QUIET,
+    unused_parameters,
+    rounds_of_the_others,
+    backward_raises,
+    backward_raises_on_another_stream,
+    last_of_micro_batches_raises_on_another_stream,
+)
 
 
 # ---- running them --------------------------------------------------------------------------------

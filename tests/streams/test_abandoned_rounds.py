@@ -8,13 +8,19 @@ caller goes on. Other ranks have launched it before their next forward.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 
+from fastddp import join
 from tests.ranks import run_ranks
 from tests.streams import device
 from tests.streams.group import RecordingGroup
@@ -34,16 +40,38 @@ class Slow(RecordingGroup):
         return super().allreduce(*args)
 
 
-def _orders(rank: int, world_size: int, engine: str) -> list[list[str]]:
-    """Returns what was launched in the backward that raised and in the forward after it."""
+def _forward(trained: Trained, x: Tensor) -> None:
+    trained.model(x)
+
+
+def _forward_in_join(trained: Trained, x: Tensor) -> None:
+    """What a rank launches before a forward inside `join`, but for the context's own."""
+    replica = trained.model._replica
+    with mock.patch.object(Join, "notify_join_context", return_value=None):
+        join.before_forward(trained.model, replica, True)
+    replica.decides_at_forward = False
+
+
+def _orders(
+    rank: int, world_size: int, engine: str, goes_on: Callable[[Trained, Tensor], None], **of: str
+) -> list[list[str]]:
+    """Returns, of each trial in which they were not as they should be, the collectives."""
     device.load()
     model = Fragile()
     model.norm = nn.BatchNorm1d(16)  # so that forward broadcasts buffers
-    trained = Trained(engine, model, group=Slow(size=4))
+    on_cpu = copy.deepcopy(model)
+    model = model.to(device.NAME)
+    delay: dict[str, Any] = {}
+    if of:
+        name = of["delayed"]
+        delay["delay_all_reduce_named_params"] = [(name, model.get_parameter(name))]
+        delay["param_to_hook_all_reduce"] = model.get_parameter(of["trigger"])
+    trained = Trained(engine, model, on_cpu=on_cpu, group=Slow(size=4), **delay)
     for _ in range(SETTLED):
         trained.backward()
         trained.step()
-    num_buckets, model.breaks = trained.num_buckets(), True
+    num_reduced = trained.num_buckets() + len(of) // 2
+    model.breaks = True
     x = torch.ones(6, 8, device=device.NAME)
     orders = []
     for _ in range(TRIALS):
@@ -53,14 +81,27 @@ def _orders(rank: int, world_size: int, engine: str) -> list[list[str]]:
         loss.register_hook(lambda _: setattr(trained.group, "is_slow", True))
         with contextlib.suppress(ArithmeticError):
             loss.backward()
-        trained.model(x)
+        goes_on(trained, x)
         deadline = time.monotonic() + 10
-        while len(trained.group.log) < begin + num_buckets + 2 and time.monotonic() < deadline:
+        while len(trained.group.log) < begin + num_reduced + 2 and time.monotonic() < deadline:
             time.sleep(0.001)
-        orders.append([entry.op for entry in trained.group.log[begin:]])
-    expected = ["broadcast", *["allreduce"] * num_buckets, "broadcast"]
-    return [order for order in orders if order != expected]
+        log = trained.group.log[begin:]
+        ops = [e.op if e.numel > 1 else "to agree" for e in log]
+        if ops[: num_reduced + 1] != ["broadcast", *["allreduce"] * num_reduced]:
+            orders.append(ops)
+    return orders
 
 
-def test_an_abandoned_round_comes_before_the_next_forward(engine: str) -> None:
-    assert run_ranks(_orders, 1, engine, init_group=False) == [[]]
+@pytest.mark.parametrize("goes_on", [_forward, _forward_in_join])
+def test_an_abandoned_round_comes_before_the_next_forward(
+    engine: str, goes_on: Callable[[Trained, Tensor], None]
+) -> None:
+    assert run_ranks(_orders, 1, engine, goes_on, init_group=False) == [[]]
+
+
+def _delayed(rank: int, world_size: int, engine: str) -> list[list[str]]:
+    return _orders(rank, 1, engine, _forward, delayed="narrow.weight", trigger="last.weight")
+
+
+def test_so_do_delayed_gradients(engine: str) -> None:
+    assert run_ranks(_delayed, 1, engine, init_group=False) == [[]]

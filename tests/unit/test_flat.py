@@ -104,6 +104,15 @@ def test_any_layout_is_read_and_written_by_rows():
     assert target.tolist() == [[0, 2, 4], [1, 3, 5]]
 
 
+def test_a_sign_that_is_only_a_bit_is_read_and_written():
+    lazy = torch.view_as_complex(torch.tensor([[0.0, 1.0]])).conj().imag
+    assert lazy.is_neg()
+    assert fastddp.flatten([lazy]).tolist() == [-1]
+    target = torch.zeros(3)
+    fastddp.unflatten(torch.ones(3), [torch._neg_view(target)])
+    assert target.tolist() == [-1, -1, -1]
+
+
 def test_autograd_sees_the_writes():
     weight = torch.ones(3, requires_grad=True)
     target = torch.ones(3)
@@ -152,6 +161,16 @@ def test_autograd_sees_the_writes():
             ValueError,
             "moments must be 2 float64 elements on cpu",
             lambda: fastddp.flatten([torch.ones(2)], moments=torch.ones(2)),
+        ),
+        (
+            ValueError,
+            r"one after the other, got .* strides \(2,\)",
+            lambda: fastddp.flatten([torch.ones(2)], moments=torch.ones(4).double()[::2]),
+        ),
+        (
+            ValueError,
+            "the buffer given as out is torch.float32",
+            lambda: fastddp.flatten([torch.ones(2)], out=torch.ones(2), dtype=torch.float16),
         ),
     ],
 )
