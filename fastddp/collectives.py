@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 from torch.distributed import GatherOptions, ProcessGroup
 
+from fastddp.streams import home_of, keep_for_current
+
 T = TypeVar("T")
 
 _CHUNK_BYTES = 1024 * 1024
@@ -116,6 +118,7 @@ class BroadcastBuffer:
         self._views: list[torch.Tensor] = []
         if len(self._parts) > 1:
             self._flat = self._parts[0].new_empty(total)
+            self._home = home_of(self._flat.device)
             self._views = list(self._flat.split([part.numel() for part in self._parts]))
         lent = self._parts if self._flat is None else [self._flat]
         self._loans = [Loan(tensor) for tensor in lent]
@@ -142,6 +145,7 @@ class BroadcastBuffer:
         group.broadcast(self._flat, root=root).wait()
         if group.rank() != root:
             torch._foreach_copy_(self._parts, self._views)
+        keep_for_current([self._flat], self._home)
 
 
 def communication_device(group: ProcessGroup) -> torch.device:

@@ -29,6 +29,7 @@ from fastddp.plan import BucketPlan
 from fastddp.reduce_dtype import ReduceInDtype
 
 _log = logging.getLogger("fastddp")
+_MAX_NAMES = 50
 
 
 class Replica:
@@ -442,7 +443,8 @@ def _log_unused(names: Iterable[str], rank: int) -> None:
     if listed and rank == 0:
         _log.warning(
             "no rank has used %d parameters in the first backward; their gradients are left alone:"
-            " %s",
+            " %s%s",
             len(listed),
-            ", ".join(listed),
+            ", ".join(listed[:_MAX_NAMES]),
+            "" if len(listed) <= _MAX_NAMES else f" and {len(listed) - _MAX_NAMES} more",
         )
