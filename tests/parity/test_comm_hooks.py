@@ -125,6 +125,9 @@ def _beside_torch(rank: int, world_size: int, name: str, engine: str) -> list[st
         digests.append(digest(got))
         for param in (*ours.parameters(), *theirs.parameters()):
             param.data -= 0.1 * param.grad
+    # A callback of torch's hook holds the group, and the transport's thread that ran it may drop it
+    # last, a moment later: it would then wait for itself.
+    dist.barrier()
     return digests
 
 
