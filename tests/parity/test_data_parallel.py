@@ -909,7 +909,7 @@ def test_threads_are_kept_and_each_replica_has_its_own() -> None:
 def test_threads_end_with_the_object() -> None:
     before = _threads()
     model = fastddp.DataParallel(Scale(), FOUR)
-    assert _threads() == before, "none until there is work"
+    assert _threads() <= before, "none until there is work"  # those of earlier tests may end
     model(torch.ones(4)).sum().backward()
     ours = _threads() - before
     assert len(ours) == 4
