@@ -92,7 +92,6 @@ class DelayedReducer:
         self._params = [params[name] for name in delay.names]
         self._is_open = False  # a backward runs that is synchronised
         self._is_due = False  # and the trigger has its gradient
-        self._is_ending = False  # that backward
         self._used: dict[torch.dtype, list[float]] = {}  # flags that were read last
         self._abandoned: list[Loan] = []
         this = weakref.ref(self)
@@ -126,7 +125,7 @@ class DelayedReducer:
     def settle(self) -> bool:
         """See :meth:`fastddp.engine.Reducer.settle`."""
         on_device = has_streams(self._params[0].device)
-        return not on_device or wait_until(lambda: not (self._is_open or self._is_ending))
+        return not on_device or wait_until(lambda: not self._is_open)
 
     def close(self) -> None:
         """Unhooks the trigger; nothing is averaged any more."""
@@ -151,16 +150,14 @@ class DelayedReducer:
     @untraced
     @torch.no_grad()
     def _end(self, ok: bool) -> None:
-        self._is_ending = True
+        is_due, self._is_due = self._is_due, False
         try:
-            self._average(ok)
+            if is_due:
+                self._average(ok)
         finally:
-            self._is_ending = False
+            self._is_open = False
 
     def _average(self, ok: bool) -> None:
-        is_due, self._is_open, self._is_due = self._is_due, False, False
-        if not is_due:
-            return
         if not ok:
             # The other ranks wait for this one. The backward's own exception says more than one of
             # these.

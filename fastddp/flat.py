@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastddp import config, extension
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""Those of what can be flattened."""
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def flatten(
         return out
     pieces = [out.narrow(0, place, t.numel()) for place, t in zip(places, tensors, strict=True)]
     for piece, tensor in zip(pieces, tensors, strict=True):
-        torch.mul(_widened(tensor, out), scale, out=piece.view(tensor.shape))
+        write(piece.view(tensor.shape), tensor, scale)
     if moments is not None:
         squares = [piece.double().square().sum() for piece in pieces]
         finite = [piece.isfinite().all() for piece in pieces]
@@ -106,8 +107,18 @@ def unflatten(
         torch.autograd.graph.increment_version(tensors)
         return
     for place, tensor in zip(places, tensors, strict=True):
-        piece = flat.narrow(0, place, tensor.numel()).view(tensor.shape)
-        torch.mul(_widened(piece, tensor), scale, out=tensor)
+        write(tensor, flat.narrow(0, place, tensor.numel()).view(tensor.shape), scale)
+
+
+def write(place: Tensor, source: Tensor, scale: float) -> None:
+    """Writes ``source * scale`` into ``place``, rounded once; both real and of one shape."""
+    torch.mul(widened(source, place), scale, out=place)
+
+
+def widened(source: Tensor, place: Tensor) -> Tensor:
+    """Returns the source in float if it is a smaller one that changes its dtype."""
+    is_cast = source.dtype != place.dtype
+    return source.float() if is_cast and source.element_size() < 4 else source
 
 
 def _places(tensors: Sequence[Tensor], offsets: Sequence[int] | None) -> list[int]:
@@ -125,7 +136,7 @@ def _check(
 ) -> None:
     dtype, device = tensors[0].dtype, flat.device
     for kind in (dtype, flat.dtype):
-        if kind not in _DTYPES:
+        if kind not in DTYPES:
             raise TypeError(
                 f"fastddp: expected floating-point tensors of up to 64 bits, got {kind}"
             )
@@ -177,8 +188,3 @@ def _native(flat: Tensor) -> ModuleType | None:
     if module is None or not (flat.is_cpu or (flat.is_cuda and module.has_cuda)):
         return None
     return module
-
-
-def _widened(source: Tensor, target: Tensor) -> Tensor:
-    is_cast = source.dtype != target.dtype
-    return source.float() if is_cast and source.element_size() < 4 else source

@@ -8,14 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastddp.flat import flatten
-
-FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-"""Those that :func:`fastddp.flatten` takes."""
+from fastddp.flat import DTYPES, flatten
 
 ALIGN_BYTES = 256
-"""Tensors of these dtypes begin at multiples of it, as matrix multiplication likes its operands:
-cuBLAS picks its kernel by their alignment, up to this much."""
+"""Tensors that can be flattened begin at multiples of it, as matrix multiplication likes its
+operands: cuBLAS picks its kernel by their alignment, up to this much."""
 
 
 class Layout(NamedTuple):
@@ -57,7 +54,7 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, layouts: Sequence[Layout], dtype: torch.dtype) -> Packing:
-        step = max(1, ALIGN_BYTES // dtype.itemsize) if dtype in FUSED_DTYPES else 1
+        step = max(1, ALIGN_BYTES // dtype.itemsize) if dtype in DTYPES else 1
         offsets, end = [], 0
         for layout in layouts:
             begin = -(-end // step) * step
@@ -74,7 +71,7 @@ class Packing(NamedTuple):
         laid = [layout.laid(t) for layout, t in zip(self.layouts, tensors, strict=True)]
         # In the order of memory, where `flatten` goes by rows.
         vectors = [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in laid]
-        if self.dtype not in FUSED_DTYPES:
+        if self.dtype not in DTYPES:
             return torch.cat([vector.reshape(-1) for vector in vectors])
         flat = torch.empty(self.numel, dtype=self.dtype, device=tensors[0].device)
         return flatten(vectors, out=flat, offsets=self.offsets)

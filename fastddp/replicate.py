@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
-from fastddp.packing import FUSED_DTYPES, Layout, Packing
+from fastddp.flat import DTYPES
+from fastddp.packing import Layout, Packing
 from fastddp.plan import MiB, ParamSpec, plan_buckets
 
 _BUCKET_BYTES = 25 * MiB
@@ -166,10 +167,7 @@ def _buckets(params: Sequence[Tensor], copied: bool) -> list[list[int]]:
     together = [
         index
         for index, param in enumerate(params)
-        if copied
-        and param.requires_grad
-        and _has_plain_memory(param)
-        and param.dtype in FUSED_DTYPES
+        if copied and param.requires_grad and _has_plain_memory(param) and param.dtype in DTYPES
     ]
     alone = sorted(set(range(len(params))) - set(together))
     specs = [ParamSpec.of(params[index]) for index in together]

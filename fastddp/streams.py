@@ -81,5 +81,5 @@ class Touched:
         stream = torch.accelerator.current_stream(device)
         for other in self._streams:
             if other != stream:
-                stream.wait_event(other.record_event())
+                stream.wait_stream(other)
         self._streams = [stream]

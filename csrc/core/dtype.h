@@ -21,6 +21,11 @@ constexpr std::size_t size_of(DType dtype) {
   return 0;
 }
 
+// Whether there is a conversion: float64 only goes to float64.
+constexpr bool converts(DType from, DType to) {
+  return from == to || (from != DType::kFloat64 && to != DType::kFloat64);
+}
+
 constexpr const char* name_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:

@@ -1,4 +1,4 @@
-// From the dtypes of a pass to the types of its kernel.
+// From the dtypes of a pass to the types of its kernel, or of its loop.
 #pragma once
 
 #include <stdexcept>
@@ -28,15 +28,14 @@ void with_narrow_type(DType dtype, Visit visit) {
   }
 }
 
-// Calls visit(TypeTag<Source>, TypeTag<Target>). Throws std::invalid_argument for float64 and
-// another.
+// Calls visit(TypeTag<Source>, TypeTag<Target>). Throws std::invalid_argument where there is no
+// conversion.
 template <typename Visit>
 void with_types(DType source, DType target, Visit visit) {
-  if (source == DType::kFloat64 && target == DType::kFloat64)
-    return visit(TypeTag<double>{}, TypeTag<double>{});
-  if (source == DType::kFloat64 || target == DType::kFloat64)
+  if (!converts(source, target))
     throw std::invalid_argument(std::string("no conversion from ") + name_of(source) + " to " +
                                 name_of(target) + ": float64 only goes to float64");
+  if (source == DType::kFloat64) return visit(TypeTag<double>{}, TypeTag<double>{});
   with_narrow_type(source,
                    [&](auto from) { with_narrow_type(target, [&](auto to) { visit(from, to); }); });
 }

@@ -12,13 +12,8 @@
 
 namespace fastddp {
 
-// Whether there is a conversion: float64 only goes to float64.
-constexpr bool converts(DType from, DType to) {
-  return from == to || (from != DType::kFloat64 && to != DType::kFloat64);
-}
-
 // dst[i] = src[i] * scale. The two may be the same memory, but may not overlap in part.
-// Needs converts(from, to).
+// Throws std::invalid_argument unless converts(from, to); so does the other.
 void scale_copy(DType to, void* dst, DType from, const void* src, std::size_t numel, double scale);
 
 // dst[i] = dst[i] + (src[i] * scale), the product rounded first: to the dtype if there is but one,

@@ -140,8 +140,7 @@ Reducer::Reducer(std::vector<at::Tensor> params,
                         static_cast<std::int64_t>(size_of(dtype)),
                         static_cast<std::int64_t>(dtype)});
     }
-    params_.push_back(
-        {.variable = std::move(params[i]), .name = std::move(names[i]), .dtype = dtype});
+    params_.push_back({.variable = std::move(params[i]), .name = std::move(names[i])});
   }
   // Until the arrival order is known: gradients come back roughly in the reverse of the order of
   // registration.
@@ -326,8 +325,7 @@ void Reducer::begin_round(bool is_shadow) {
   if (!captures) await_agreements();
   TORCH_CHECK(!captures || (installed_ && !order_), "fastddp: rank ", rank_,
               ": a graph is being captured in one of the first two synchronised backwards of this "
-              "model, or "
-              "the first after one that raised; run it two times before the capture");
+              "model, or the first after one that raised; run it two times before the capture");
   captured_ |= captures;
   if (!installed_) install_plan();
   round_ = std::make_unique<Round>(plan_, params_.size(), is_shadow);

@@ -137,7 +137,6 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   struct Param {
     at::Tensor variable;
     std::string name;
-    DType dtype;
     NodePtr accumulator;  // the tensor itself holds only a weak reference
     std::uintptr_t hook = 0;
     std::size_t bucket = 0;  // if dense

@@ -44,6 +44,7 @@ from fastddp.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.collectives import Loan, settle, without_context
 from fastddp.compiler import refuse_compiled_autograd, untraced
 from fastddp.engine.schedule import Schedule
+from fastddp.flat import widened, write
 from fastddp.hooks import BucketRunner, GradBucket, Wait
 from fastddp.plan import (
     CAST_ALIGN_BYTES,
@@ -189,8 +190,7 @@ class PythonReducer:
         self._counts_are_learned = False  # a round has ended well on this rank
         self._stats = RoundStats()
         self._unused: list[str] = []
-        self._round: _Round | None = None
-        self._in_round = False  # until the last of it is launched, also if it is abandoned
+        self._round: _Round | None = None  # until all of it is launched, also if it is abandoned
 
         # A tensor holds its gradient node weakly: kept here, or the hook would go with the node.
         self._nodes = [_accumulator(param) for param in self._params]
@@ -227,7 +227,7 @@ class PythonReducer:
         # When a backward on a GPU raises, the thread that autograd ran it in may be the last to let
         # go of it, a moment after the caller got its exception. What the caller launches next would
         # come before the rest of the round, on this rank alone.
-        return not has_streams(self._device) or wait_until(lambda: not self._in_round)
+        return not has_streams(self._device) or wait_until(lambda: self._round is None)
 
     @torch.no_grad()
     def shadow(self) -> None:
@@ -280,7 +280,7 @@ class PythonReducer:
 
     @torch.no_grad()
     def _finish_round(self) -> None:
-        current, self._round = self._round, None
+        current = self._round
         assert current is not None
         try:
             start = time.perf_counter()
@@ -292,7 +292,7 @@ class PythonReducer:
         except BaseException:
             self._drop(current)
             raise
-        self._in_round = False
+        self._round = None
         self._hand_out(current)
         self._stats = replace(
             self._stats,
@@ -308,18 +308,20 @@ class PythonReducer:
 
     @torch.no_grad()
     def _abandon_round(self) -> None:
-        current, self._round = self._round, None
+        current = self._round
         if current is None:
             return
         # The backward's own exception is on its way to the user and says more than one of these.
         # Autograd's thread, with no node running, is on the default stream, which nothing orders
         # behind the round before.
-        with contextlib.suppress(Exception), current.stream or contextlib.nullcontext():
-            self._flush(current, waits=False)
-        self._drop(current)
+        try:
+            with contextlib.suppress(Exception), current.stream or contextlib.nullcontext():
+                self._flush(current, waits=False)
+        finally:
+            self._drop(current)
 
     def _drop(self, current: _Round) -> None:
-        """Has the next round get its own buckets, for collectives may still write to these.
+        """Ends a round whose collectives may still write to the buckets: the next gets its own.
 
         On a GPU memory is free for others as soon as it is dropped here, so it is held until then;
         on the CPU the transport holds it.
@@ -327,7 +329,7 @@ class PythonReducer:
         if has_streams(self._device):
             self._abandoned += current.waits
         self._installed = False
-        self._in_round = False
+        self._round = None
 
     def _accumulates(self) -> bool:
         """Returns whether the current backward is one that fills ``.grad``.
@@ -374,7 +376,6 @@ class PythonReducer:
         self._captured |= captures
         if not self._installed:
             self._install_plan()
-        self._in_round = True
         return _Round(
             is_shadow,
             missing=[len(bucket.slots) for bucket in self._plan.buckets],
@@ -481,11 +482,11 @@ class PythonReducer:
             )
         if taken == 0:
             touched.by_current(self._device)
-            _write(place.sent, grad, self._scale)
+            write(place.sent, _real(_resolved(grad)), self._scale)
             current.arrival.append(index)
         elif current.next_bucket <= place.bucket:
             touched.by_current_after_all(self._device)
-            place.sent.add_(_widened(_real(_resolved(grad)), place.sent).mul(self._scale))
+            place.sent.add_(widened(_real(_resolved(grad)), place.sent).mul(self._scale))
         else:
             raise RuntimeError(
                 f"fastddp: rank {self._rank}: parameter '{self._names[index]}' got gradient number"
@@ -583,7 +584,7 @@ class PythonReducer:
             else:
                 place.slot = _empty_sparse(param)
         elif is_dense:
-            _write(place.sent, grad, self._scale)
+            write(place.sent, _real(_resolved(grad)), self._scale)
             if current.stream is not None:  # whatever stream it is from
                 grad.record_stream(torch.accelerator.current_stream(self._device))
         else:
@@ -786,16 +787,6 @@ def _make_slot(
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _write(sent: torch.Tensor, grad: torch.Tensor, scale: float) -> None:
-    torch.mul(_widened(_real(_resolved(grad)), sent), scale, out=sent)
-
-
-def _widened(grad: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
-    """Returns the gradient in float if it is a smaller one that changes its dtype."""
-    is_cast = grad.dtype != sent.dtype
-    return grad.float() if is_cast and grad.element_size() < 4 else grad
 
 
 def _resolved(grad: torch.Tensor) -> torch.Tensor:
