@@ -35,6 +35,14 @@ def on_device(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     return [tensor.to(DEVICE) for tensor in tensors]
 
 
+def backward_both(plain: nn.Module, model: nn.Module, step: int) -> None:
+    """Give both a step's gradients of the model "mlp"."""
+    inputs = on_device(CASES["mlp"].inputs(0, step))
+    for m in (plain, model):
+        m.zero_grad()
+        loss_of(m(*inputs)).backward()
+
+
 def assert_close(got: nn.Module, want: nn.Module, what: object = "") -> None:
     """Compare all gradients; kernels of the same model may differ in their last bits."""
     mine, due = gradients(got), gradients(want)
@@ -78,10 +86,7 @@ def test_gradients_are_divided(engine: str) -> None:
 def test_gradients_may_travel_in_sixteen_bits(dtype: torch.dtype, engine: str) -> None:
     plain, model = pair(CASES["mlp"].build, engine, comm_dtype=dtype)
     for step in range(3):
-        inputs = on_device(CASES["mlp"].inputs(0, step))
-        for m in (plain, model):
-            m.zero_grad()
-            loss_of(m(*inputs)).backward()
+        backward_both(plain, model, step)
         for mine, due in zip(model.parameters(), plain.parameters(), strict=True):
             assert mine.grad.dtype == torch.float32
             assert torch.equal(mine.grad, due.grad.to(dtype).float())
@@ -106,10 +111,7 @@ def test_communication_hooks(engine: str) -> None:
     plain, model = pair(CASES["mlp"].build, engine)
     model.register_comm_hook(dist.group.WORLD, default_hooks.bf16_compress_hook)
     for step in range(3):
-        inputs = on_device(CASES["mlp"].inputs(0, step))
-        for m in (plain, model):
-            m.zero_grad()
-            loss_of(m(*inputs)).backward()
+        backward_both(plain, model, step)
         for mine, due in zip(model.parameters(), plain.parameters(), strict=True):
             assert torch.equal(mine.grad, due.grad.bfloat16().float())
 

@@ -115,6 +115,11 @@ def one_by_one(
 @pytest.mark.parametrize("devices", [TWO, THREE], ids=len)
 @pytest.mark.parametrize("name", CASES)
 def test_same_bits_as_the_pieces_one_by_one(name: str, devices: list[str]) -> None:
+    assert_bits_of_pieces(name, devices)
+
+
+def assert_bits_of_pieces(name: str, devices: list[str]) -> None:
+    """Compare a model of `CASES`, on replicas, with its pieces one by one."""
     case = CASES[name]
     model, reference = case.build(), case.build()
     ours = fastddp.DataParallel(model, devices)

@@ -23,8 +23,7 @@ from fastddp import replicate
 from fastddp.packing import ALIGN_BYTES, Layout, Packing
 from fastddp.replicate import Replicator, _behind, _buckets, _Fan, fused_copies
 from tests.models import CASES, ConvNet, loss_of
-from tests.parity.checks import assert_same_bits, bits, gradients
-from tests.parity.test_data_parallel import Call, Scale, one_by_one
+from tests.parity.test_data_parallel import Call, Scale, assert_bits_of_pieces
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 TWO, THREE = (["cpu"] * count for count in (2, 3))
@@ -165,18 +164,7 @@ def test_copies_are_made_anew_only_when_a_parameter_changed() -> None:
 @pytest.mark.parametrize("devices", [TWO, THREE], ids=len)
 @pytest.mark.parametrize("name", CASES)
 def test_same_bits_as_the_pieces_one_by_one(name: str, devices: list[str]) -> None:
-    case = CASES[name]
-    model, reference = case.build(), case.build()
-    ours = fastddp.DataParallel(model, devices)
-    for step in range(2):
-        inputs = case.whole_batch(2, step)
-        model.zero_grad()
-        output = ours(*inputs)
-        loss_of(output).backward()
-        want_output, want = one_by_one(reference, inputs, len(devices))
-        assert bits(output) == bits(want_output)
-        assert_same_bits(gradients(model), want, f"step {step}")
-        assert_same_bits(dict(model.named_buffers()), dict(reference.named_buffers()), "buffers")
+    assert_bits_of_pieces(name, devices)
 
 
 @pytest.mark.usefixtures("copies")

@@ -84,6 +84,12 @@ class Trained:
             optimizer.step()
             optimizer.zero_grad()
 
+    def rounds(self, stream: torch.Stream | None = None) -> None:
+        """Trains, with a backward for each step."""
+        for _ in range(ROUNDS):
+            self.backward(stream)
+            self.step()
+
     def compare(self) -> None:
         """Checks that every step had the gradients that it had on the CPU."""
         reduced = {e.dtype for e in self.group.log if e.op == "allreduce"}
@@ -128,9 +134,7 @@ class Layers(nn.Module):
 def several_rounds(engine: str) -> Trained:
     trained = Trained(engine, Layers())
     before = trained.model._replica.plan()
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     assert trained.num_buckets() > 3
     assert trained.model._replica.plan() != before
     return trained
@@ -138,9 +142,7 @@ def several_rounds(engine: str) -> Trained:
 
 def one_bucket(engine: str) -> Trained:
     trained = Trained(engine, Layers(), bucket_cap_mb=25)
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     assert trained.num_buckets() == 1
     return trained
 
@@ -176,9 +178,7 @@ def a_parameter_used_twice(engine: str) -> Trained:
     model = Layers()
     model.middle.append(model.middle[0])
     trained = Trained(engine, model)
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     return trained
 
 
@@ -188,9 +188,7 @@ def strided_parameters(engine: str) -> Trained:
         layer.weight = nn.Parameter(layer.weight.detach().t())
     trained = Trained(engine, model)
     assert not trained.model.module.middle[0].weight.is_contiguous()
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     return trained
 
 
@@ -198,9 +196,7 @@ def buffers(engine: str) -> Trained:
     model = Layers()
     model.norm = nn.BatchNorm1d(16)
     trained = Trained(engine, model)
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     assert [entry.op for entry in trained.group.log].count("broadcast") > ROUNDS
     return trained
 
@@ -224,26 +220,20 @@ class Checkpointed(Layers):
 
 def checkpoints(engine: str) -> Trained:
     trained = Trained(engine, Checkpointed(use_reentrant=False))
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     return trained
 
 
 def reentrant_checkpoints(engine: str) -> Trained:
     trained = Trained(engine, Checkpointed(use_reentrant=True))
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     return trained
 
 
 def half_the_bytes(engine: str) -> Trained:
     """Reduces in bfloat16."""
     trained = Trained(engine, Layers(), mixed_precision=MixedPrecision(reduce_dtype=torch.bfloat16))
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     assert {e.dtype for e in trained.group.log if e.numel > 200} >= {torch.bfloat16}
     return trained
 
@@ -251,9 +241,7 @@ def half_the_bytes(engine: str) -> Trained:
 def hook_of_torch(engine: str) -> Trained:
     trained = Trained(engine, Layers())
     trained.model.register_comm_hook(trained.group, default_hooks.bf16_compress_hook)
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     return trained
 
 
@@ -269,9 +257,7 @@ def delayed_parameters(engine: str) -> Trained:
         delay_all_reduce_named_params=[(name, model.get_parameter(name)) for name in names],
         param_to_hook_all_reduce=model.first.weight,
     )
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     return trained
 
 
@@ -280,9 +266,7 @@ def unused_parameters(engine: str) -> Trained:
     model = Layers()
     model.unused = nn.Linear(2, 2)
     trained = Trained(engine, model, find_unused_parameters=True)
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     assert trained.model.module.unused.weight.grad is None
     return trained
 
@@ -414,9 +398,7 @@ def wrapped_after_a_forward(engine: str) -> Trained:
     on_cpu = copy.deepcopy(model).cpu()
     trained = Trained(engine, model, on_cpu=on_cpu, bucket_cap_mb=25)
     model.streams = streams
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     del output
     return trained
 
@@ -426,9 +408,7 @@ def trained_on_another_stream(engine: str) -> Trained:
     side = device.stream("side")
     side.wait_stream(torch.accelerator.current_stream())
     with side:
-        for _ in range(ROUNDS):
-            trained.backward()
-            trained.step()
+        trained.rounds()
     return trained
 
 
@@ -439,9 +419,7 @@ def wrapped_on_another_stream(engine: str) -> Trained:
     with side, warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of gradients that do
         trained = Trained(engine, Layers())
-        for _ in range(ROUNDS):
-            trained.backward()
-            trained.step()
+        trained.rounds()
     return trained
 
 
@@ -456,9 +434,7 @@ def half_the_bytes_from_another_stream(engine: str) -> Trained:
 
 def comm_dtype(engine: str) -> Trained:
     trained = Trained(engine, Layers(), comm_dtype=torch.bfloat16)
-    for _ in range(ROUNDS):
-        trained.backward()
-        trained.step()
+    trained.rounds()
     reduced = {e.dtype for e in trained.group.log if e.op == "allreduce"}
     assert reduced == {torch.bfloat16}
     return trained
@@ -477,9 +453,7 @@ def hook_of_torch_from_another_stream(engine: str) -> Trained:
 
 def _backward_from_another_stream(trained: Trained) -> Trained:
     side = device.stream("side")
-    for _ in range(ROUNDS):
-        trained.backward(side)
-        trained.step()
+    trained.rounds(side)
     return trained
 
 
