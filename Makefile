@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A stamp per torch, so that another TORCH reinstalls and recompiles.
 TORCH_STAMP := $(VENV)/.have-$(subst /,_,$(subst =,_,$(TORCH)))
-CXX_FILES := $(wildcard csrc/*/* tests/cpp/* tests/cpp/*/* tests/streams/* benchmarks/csrc/*)
+CXX_FILES := $(shell find csrc tests/cpp tests/streams benchmarks -type f)
 CMAKE := $(or $(shell command -v cmake),$(abspath $(BIN))/cmake)
 CTEST := $(dir $(CMAKE))ctest
 
@@ -42,7 +42,7 @@ lint: $(VENV)/.dev  ## check style, types, the stub of the extension, and spelli
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest fastddp._C --allowlist tests/stubtest.txt
+	$(BIN)/python -m mypy.stubtest fastddp._C --allowlist tests/stubtest.txt --mypy-config-file pyproject.toml
 	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(CXX_FILES))
 	$(BIN)/codespell
 
@@ -110,7 +110,7 @@ ifneq ($(shell cat $(BUILT_FOR) 2> /dev/null),$(abspath $(VENV)))
 .PHONY: $(VENV)/.built
 endif
 
-$(VENV)/.built: $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/*/*)
+$(VENV)/.built: $(TORCH_STAMP) pyproject.toml setup.py $(shell find csrc -type f)
 	$(PIP) --no-build-isolation --editable ".[test,examples]"
 	@mkdir -p build && echo "$(abspath $(VENV))" > $(BUILT_FOR)
 	@touch $@

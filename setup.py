@@ -36,14 +36,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-CXX_SOURCES = (
-    "csrc/core/*.cpp",
-    "csrc/kernels/*.cpp",
-    "csrc/shm/*.cpp",
-    "csrc/torch/*.cpp",
-    "csrc/bind/*.cpp",
-)
-CUDA_SOURCES = ("csrc/kernels/*.cu",)
+CXX_SOURCES = "csrc/**/*.cpp"
+CUDA_SOURCES = "csrc/kernels/*.cu"
 DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0"
 # Bit equality with torch: no fused multiply-add where the source has a multiply and an add.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
@@ -182,15 +176,14 @@ def choose_cuda(torch_cuda: str | None, kernels: list[str], record: Record) -> T
     return None
 
 
-def sources(*patterns: str) -> list[str]:
+def sources(pattern: str) -> list[str]:
     """Lists sources relative to this folder, as setuptools demands."""
-    found = {path for pattern in patterns for path in HERE.glob(pattern)}
-    return sorted(str(path.relative_to(HERE)) for path in found)
+    return sorted(str(path.relative_to(HERE)) for path in HERE.glob(pattern))
 
 
 def describe_extension(record: Record) -> Extension:
     """Fills in the record and returns the extension, or raises CannotBuildError."""
-    cpp, cu = sources(*CXX_SOURCES), sources(*CUDA_SOURCES)
+    cpp, cu = sources(CXX_SOURCES), sources(CUDA_SOURCES)
     if not cpp:
         raise CannotBuildError("there is no C++ source under csrc/; get the complete source tree")
     torch = find_torch()

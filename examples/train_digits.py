@@ -1,6 +1,7 @@
 """Train a small convolutional network on scikit-learn's handwritten digits (1797 images, bundled).
 
     torchrun --nproc-per-node 2 examples/train_digits.py   # two ranks
+    mpirun -n 2 python examples/train_digits.py            # the same; also srun -n 2
     python examples/train_digits.py                        # one process, same script
 
 It shows what a training script of any size needs around the model: a sampler that gives each rank

@@ -1,4 +1,4 @@
-"""Data-parallel training for PyTorch, faster and calmer.
+"""Data-parallel training for PyTorch.
 
 Example::
 
@@ -7,20 +7,21 @@ Example::
     model = fastddp.wrap(model)  # under torchrun, mp.spawn or plain python
 """
 
-from fastddp.accumulate import accumulate
-from fastddp.data_parallel import DataParallel
-from fastddp.ddp import DistributedDataParallel
+from fastddp.comm.launch import init_process_group
+from fastddp.comm.shm import register as _register_shm
+from fastddp.comm.spawn.parent import spawn
+from fastddp.data.gather import gather_unpadded
+from fastddp.data.sampler import DistributedSampler
+from fastddp.data_parallel.module import DataParallel
+from fastddp.ddp.accumulate import accumulate
+from fastddp.ddp.wrap import wrap
+from fastddp.ddp.wrapper import DistributedDataParallel
+from fastddp.device import memory
+from fastddp.device.flat import flatten, unflatten
 from fastddp.errors import MismatchError, RankError
-from fastddp.flat import flatten, unflatten
-from fastddp.gather import gather_unpadded
-from fastddp.info import info
-from fastddp.launch import init_process_group
-from fastddp.patch import patch
-from fastddp.sampler import DistributedSampler
-from fastddp.shm import register as _register_shm
-from fastddp.spawn import spawn
+from fastddp.integrations.patch import patch
+from fastddp.report import info
 from fastddp.version import __version__
-from fastddp.wrap import wrap
 
 __all__ = [
     "DataParallel",
@@ -34,6 +35,7 @@ __all__ = [
     "gather_unpadded",
     "info",
     "init_process_group",
+    "memory",
     "patch",
     "spawn",
     "unflatten",

@@ -1,6 +1,6 @@
 """``python -m fastddp`` prints :func:`fastddp.info`."""
 
-from fastddp.info import info
+from fastddp.report import info
 
 if __name__ == "__main__":
     print(info())

@@ -23,10 +23,18 @@ def shm() -> bool:
     Raises:
         ValueError: if it is set to anything but 0 or 1.
     """
-    value = os.environ.get("FASTDDP_SHM") or "1"
-    if value not in ("0", "1"):
-        raise ValueError(f"FASTDDP_SHM={value!r} is not one of 0, 1")
-    return value == "1"
+    return _is_on("FASTDDP_SHM")
+
+
+def launcher() -> bool:
+    """Returns whether variables of srun, mpirun and so on may make this process a rank.
+
+    Unless ``FASTDDP_LAUNCHER`` is 0. Torchrun's variables count in any case.
+
+    Raises:
+        ValueError: if it is set to anything but 0 or 1.
+    """
+    return _is_on("FASTDDP_LAUNCHER")
 
 
 def host_id() -> str | None:
@@ -40,7 +48,11 @@ def keep_memory() -> bool:
     Raises:
         ValueError: if it is set to anything else.
     """
-    value = os.environ.get("FASTDDP_KEEP_MEMORY") or "1"
+    return _is_on("FASTDDP_KEEP_MEMORY")
+
+
+def _is_on(name: str) -> bool:
+    value = os.environ.get(name) or "1"
     if value not in ("0", "1"):
-        raise ValueError(f"FASTDDP_KEEP_MEMORY={value!r} is not one of 0, 1")
+        raise ValueError(f"{name}={value!r} is not one of 0, 1")
     return value == "1"

@@ -7,9 +7,21 @@ import functools
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from fastddp import extension
+
+# A test says what is right, not how long it takes on a machine that has other work.
+hypothesis.settings.register_profile("fastddp", deadline=None)
+hypothesis.settings.load_profile("fastddp")
+
+# The tests may themselves be run by srun or mpirun, whose ranks they are not.
+for _name in list(os.environ):
+    if _name.startswith(
+        ("SLURM_", "OMPI_", "PMI_", "PMIX_", "PALS_", "MPI_LOCAL", "MV2_", "JSM_", "PBS_")
+    ):
+        del os.environ[_name]
 
 
 @pytest.fixture(params=["native", "python"])

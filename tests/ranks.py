@@ -193,9 +193,23 @@ def init_group(backend: str = "gloo", timeout_s: float | None = None) -> None:
         world_size=order.world_size,
         timeout=datetime.timedelta(seconds=timeout_s or order.group_timeout_s),
     )
-    # A rank leaves init_process_group while its peers still connect. If it ended now, as a test of
-    # a dying rank may, theirs would fail.
+    # A rank leaves init_process_group while its peers still connect, and a barrier while they are
+    # still in it. If it ended or broke the group now, as a test of faults may, theirs would fail.
     dist.barrier()
+    _meet(order, time.monotonic() + order.group_timeout_s)
+
+
+def _meet(order: _Order, deadline: float) -> None:
+    """Wait, without a collective, until every rank is here as often as this one."""
+    global _meetings
+    _meetings += 1
+    here = Path(order.folder, f"meeting-{_meetings}")
+    here.with_suffix(f".{order.rank}").touch()
+    for other in range(order.world_size):
+        while not here.with_suffix(f".{other}").exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {order.rank}: rank {other} has not left a barrier")
+            time.sleep(0.001)
 
 
 def scratch_folder() -> Path:
@@ -358,6 +372,7 @@ def _value(rank: _Rank) -> Any:
 # --- the rank -------------------------------------------------------------------------------------
 
 _order: _Order | None = None
+_meetings = 0  # of this call's ranks
 _stacks_file: Any = None  # kept open for the process's life: faulthandler holds only its number
 
 

@@ -1,15 +1,17 @@
 // The Python module `fastddp._C`: convert, call, return. `fastddp/_C.pyi` is its stub.
+#include <pybind11/chrono.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "backend/shm_backend.h"
 #include "kernels/scale.h"
+#include "reducer/reducer.h"
 #include "shm/error.h"
 #include "shm/heap.h"
-#include "torch/dtype.h"
-#include "torch/flatten.h"
-#include "torch/keep_memory.h"
-#include "torch/reducer.h"
-#include "torch/shm_backend.h"
+#include "shm/label.h"
+#include "tensor/dtype.h"
+#include "tensor/flatten.h"
+#include "tensor/keep_memory.h"
 
 namespace py = pybind11;
 
@@ -43,11 +45,10 @@ std::vector<FlatPiece> pieces_of(const at::Tensor& flat,
   std::vector<FlatPiece> pieces;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = tensors[i];
-    const std::int64_t end = offsets[i] + tensor.numel();
     TORCH_CHECK_VALUE(tensor.is_contiguous() && !tensor.is_complex() && !tensor.is_neg() &&
                           tensor.device() == flat.device() &&
                           tensor.scalar_type() == tensors.front().scalar_type() &&
-                          offsets[i] >= 0 && end <= flat.numel(),
+                          offsets[i] >= 0 && offsets[i] <= flat.numel() - tensor.numel(),
                       "tensor ", i,
                       " is not contiguous, not like the others in dtype and device, "
                       "or has no room at offset ",
@@ -84,10 +85,13 @@ std::shared_ptr<Reducer> make_reducer(std::vector<at::Tensor> params,
                                       const c10::intrusive_ptr<c10d::ProcessGroup>& group,
                                       std::vector<std::int64_t> caps_bytes,
                                       std::optional<at::ScalarType> comm_dtype,
-                                      std::optional<bool> flattens) {
-  auto reducer =
-      std::make_shared<Reducer>(std::move(params), std::move(names), num_sparse, std::move(frozen),
-                                group, std::move(caps_bytes), comm_dtype, flattens);
+                                      std::optional<bool> flattens,
+                                      std::uint32_t owner,
+                                      std::string title,
+                                      bool lazy) {
+  auto reducer = std::make_shared<Reducer>(
+      std::move(params), std::move(names), num_sparse, std::move(frozen), group,
+      std::move(caps_bytes), comm_dtype, flattens, lazy, Owner{owner, std::move(title)});
   reducer->attach();
   return reducer;
 }
@@ -97,13 +101,15 @@ class WithoutGil {
  public:
   explicit WithoutGil(py::object callable)
       : callable_(new py::object(std::move(callable)), [](py::object* object) {
+          if (!Py_IsInitialized()) return;  // a reducer that outlives Python: nobody frees it
           const py::gil_scoped_acquire gil;
           delete object;
         }) {}
 
-  void call() const {
+  template <typename... Args>
+  void call(Args... args) const {
     const py::gil_scoped_acquire gil;
-    (*callable_)();
+    (*callable_)(args...);
   }
 
   Wait start(const HookInput& input) const {
@@ -117,10 +123,12 @@ class WithoutGil {
   std::shared_ptr<py::object> callable_;
 };
 
-void set_hook(Reducer& reducer, py::object hook) {
+void set_hook(Reducer& reducer, py::object hook, py::object let_go) {
   const WithoutGil callable(std::move(hook));
+  const WithoutGil release(std::move(let_go));
   const py::gil_scoped_release no_gil;
-  reducer.set_hook([callable](const HookInput& input) { return callable.start(input); });
+  reducer.set_hook([callable](const HookInput& input) { return callable.start(input); },
+                   [release] { release.call(); });
 }
 
 void set_after_round(Reducer& reducer, std::optional<py::object> callback) {
@@ -128,6 +136,12 @@ void set_after_round(Reducer& reducer, std::optional<py::object> callback) {
   if (callback) function = [callable = WithoutGil(std::move(*callback))] { callable.call(); };
   const py::gil_scoped_release no_gil;
   reducer.set_after_round(std::move(function));
+}
+
+void set_on_news(Reducer& reducer, py::object callback) {
+  const WithoutGil callable(std::move(callback));
+  const py::gil_scoped_release no_gil;
+  reducer.set_on_news([callable](News news) { callable.call(static_cast<int>(news)); });
 }
 
 void bind_shm(py::module_& m) {
@@ -144,6 +158,8 @@ void bind_shm(py::module_& m) {
   py::class_<shm::Segment>(m, "ShmSegment").def("address", &shm::Segment::address);
   m.def("shm_heap", [] { return shm::Heap::mine().address(); }, without_gil);
   m.def("shm_heap_used", [] { return shm::Heap::mine().used(); }, without_gil);
+  m.def("set_label", &shm::Label::set, py::arg("label"));
+  m.def("name_owner", &shm::name_owner, py::arg("owner"), py::arg("text"));
   m.def("shm_control", &ShmBackend::make_control, py::arg("ranks"), without_gil);
   py::class_<ShmBackend, c10d::Backend, c10::intrusive_ptr<ShmBackend>>(m, "ShmBackend")
       .def(py::init([](int rank, int size, c10::intrusive_ptr<c10d::Backend> inner,
@@ -156,6 +172,7 @@ void bind_shm(py::module_& m) {
            }),
            py::arg("rank"), py::arg("size"), py::arg("inner"), py::arg("ranks"), py::arg("heaps"),
            py::arg("control"), py::arg("timeout_s"), without_gil)
+      .def("_set_default_timeout", &ShmBackend::setTimeout, py::arg("timeout"), without_gil)
       .def(
           "set_lanes",
           [](ShmBackend& self, std::int64_t count, std::vector<int> ranks,
@@ -198,7 +215,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("scale_copy", on_tensors(&scale_copy), py::arg("dst"), py::arg("src"), py::arg("scale"));
   m.def("scale_add", on_tensors(&scale_add), py::arg("dst"), py::arg("src"), py::arg("scale"));
 
-  m.def("keep_memory", &keep_memory, py::arg("on"));
+  m.def("keep_memory", &keep_memory, py::arg("on"), py::arg("patience_s") = kPatienceSeconds);
+  m.def("release_memory", &release_memory, py::call_guard<py::gil_scoped_release>());
   py::class_<KeptMemory>(m, "KeptMemory")
       .def_readonly("in_use", &KeptMemory::in_use)
       .def_readonly("idle", &KeptMemory::idle)
@@ -211,22 +229,42 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("wait_us_last", &Stats::wait_us_last)
       .def_readonly("bytes_per_round", &Stats::bytes_per_round)
       .def_readonly("num_buckets", &Stats::num_buckets)
-      .def_readonly("overlaps", &Stats::overlaps);
+      .def_readonly("overlaps", &Stats::overlaps)
+      .def_readonly("began_ns", &Stats::began_ns)
+      .def_readonly("backward_us_last", &Stats::backward_us_last)
+      .def_readonly("comm_us_last", &Stats::comm_us_last)
+      .def_readonly("unused_bytes_last", &Stats::unused_bytes_last)
+      .def_readonly("is_static", &Stats::is_static);
 
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Reducer, std::shared_ptr<Reducer>>(m, "Reducer")
       .def(py::init(&make_reducer), py::arg("params"), py::arg("names"), py::arg("num_sparse"),
            py::arg("frozen"), py::arg("group"), py::arg("caps_bytes"),
-           py::arg("comm_dtype") = py::none(), py::arg("flattens") = py::none())
+           py::arg("comm_dtype") = py::none(), py::arg("flattens") = py::none(),
+           py::arg("owner") = 0, py::arg("title") = "the model", py::arg("lazy") = false)
       .def_property("sync", &Reducer::sync, &Reducer::set_sync)
+      .def_property("manual", &Reducer::manual, &Reducer::set_manual)
       .def("watch", &Reducer::watch, py::arg("outputs"))
       .def("set_divisor", &Reducer::set_divisor, py::arg("divisor"), without_gil)
-      .def("set_hook", &set_hook, py::arg("hook"))
+      .def("set_hook", &set_hook, py::arg("hook"), py::arg("let_go"))
       .def("set_after_round", &set_after_round, py::arg("callback"))
+      .def("set_on_news", &set_on_news, py::arg("callback"))
+      .def_property_readonly("has_left_news",
+                             py::cpp_function(&Reducer::has_left_news, without_gil))
+      .def_property_readonly("began_ns", &Reducer::began_ns)
+      .def("read_left_news", &Reducer::read_left_news, without_gil)
+      .def("leave_news", &Reducer::leave_news, without_gil)
+      .def("is_stale", &Reducer::is_stale, without_gil)
+      .def("retire", &Reducer::retire, without_gil)
+      .def("is_in_flight", &Reducer::is_in_flight)
+      .def("finalize", &Reducer::finalize, without_gil)
+      .def("average", &Reducer::average, without_gil)
       .def("outgrown", &Reducer::outgrown)
       .def("settle", &Reducer::settle, without_gil)
       .def("shadow", &Reducer::shadow, without_gil)
       .def("unused", &Reducer::unused, without_gil)
+      .def("error", &Reducer::error, without_gil)
+      .def("used_by", &Reducer::used_by, without_gil)
       .def("close", &Reducer::close, without_gil)
       .def("stats", &Reducer::stats, without_gil)
       .def("plan", &Reducer::plan, without_gil);

@@ -6,6 +6,8 @@
 #include <string>
 #include <utility>
 
+#include "core/marks.h"
+
 namespace fastddp {
 namespace {
 
@@ -43,7 +45,7 @@ struct Filling {
 Filling closed(Filling filling, std::int64_t align_bytes) {
   BucketPlan& bucket = filling.bucket;
   bucket.flags_offset = bucket.numel;
-  bucket.numel = align_up(bucket.numel + static_cast<std::int64_t>(bucket.slots.size()),
+  bucket.numel = align_up(bucket.numel + static_cast<std::int64_t>(bucket.slots.size() + kNumMarks),
                           filling.element_bytes, align_bytes);
   return filling;
 }

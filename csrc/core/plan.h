@@ -1,8 +1,8 @@
 // Which gradient lies in which bucket, at which offset, and in which order the buckets are reduced.
 //
 // A plan is a pure function of the parameters' sizes, the order in which their gradients arrive and
-// the size caps, so ranks that agree on these agree on every collective. `fastddp/plan.py` is the
-// same function in Python and the two are compared in tests/unit/test_plan.py.
+// the size caps, so ranks that agree on these agree on every collective. `fastddp/engine/plan.py`
+// is the same function in Python and the two are compared in tests/unit/test_plan.py.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct BucketPlan {
   std::int64_t kind;
   std::vector<SlotPlan> slots;  // in arrival order
   std::int64_t flags_offset;    // one element per slot, in slot order
-  std::int64_t numel;           // slots, their padding, and the flags
+  std::int64_t numel;           // slots, their padding, the flags, and the marks behind them
 
   bool operator==(const BucketPlan&) const = default;
 };

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <limits>
 
 namespace fastddp {
@@ -20,7 +21,7 @@ class Schedule {
  public:
   // Begins a round; returns whether it launches its buckets as they fill.
   bool begin() {
-    const int round = begun_++;
+    const std::int64_t round = begun_++;
     return round < kTrials ? round % 2 == 1 : early_;
   }
 
@@ -39,7 +40,7 @@ class Schedule {
  private:
   static constexpr int kTrials = 10;
 
-  int begun_ = 0;
+  std::int64_t begun_ = 0;
   bool early_ = false;
   double early_us_ = std::numeric_limits<double>::infinity();
   double late_us_ = std::numeric_limits<double>::infinity();

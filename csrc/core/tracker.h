@@ -20,13 +20,14 @@ class ReadyTracker {
   // Marks a slot of `bucket` as filled.
   void mark(std::size_t bucket) { --missing_[bucket]; }
 
-  // The next bucket to launch if it is full, else kNone. Each is handed out once.
-  std::size_t pop_full();
-  // The next bucket whether full or not, kNone after the last.
+  // The next bucket to launch, whether full or not; kNone after the last. Each is handed out once.
   std::size_t pop();
+  // Whether there is a next one, and it is full.
+  bool is_next_full() const { return next_ < missing_.size() && missing_[next_] == 0; }
 
   bool is_full(std::size_t bucket) const { return missing_[bucket] == 0; }
   bool launched(std::size_t bucket) const { return bucket < next_; }
+  bool all_launched() const { return next_ == missing_.size(); }
 
   static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
 
@@ -39,10 +40,6 @@ inline ReadyTracker::ReadyTracker(const std::vector<BucketPlan>& plan) {
   missing_.reserve(plan.size());
   for (const BucketPlan& bucket : plan)
     missing_.push_back(static_cast<std::int64_t>(bucket.slots.size()));
-}
-
-inline std::size_t ReadyTracker::pop_full() {
-  return next_ < missing_.size() && missing_[next_] == 0 ? next_++ : kNone;
 }
 
 inline std::size_t ReadyTracker::pop() { return next_ < missing_.size() ? next_++ : kNone; }

@@ -68,9 +68,34 @@ void Collectives::barrier(Deadline deadline) {
 }
 
 void Collectives::announce(Kind kind, int root, Deadline deadline) {
-  group_.begin({.kind = kind, .root = static_cast<std::uint32_t>(root)}, deadline);
+  begin_elsewhere(kind, root, deadline);
   group_.advance();
   group_.compare_so_far();
+}
+
+void Collectives::begin_elsewhere(Kind kind, int root, Deadline deadline) {
+  group_.begin({.kind = kind, .root = static_cast<std::uint32_t>(root), .elsewhere = true},
+               deadline);
+}
+
+std::vector<std::string> Collectives::exchange(const std::string& mine) {
+  using Length = std::uint64_t;
+  constexpr std::size_t kMost = kSlotBytes - sizeof(Length);
+  if (mine.size() > kMost) group_.fail("what the ranks have to compare does not fit into a slot");
+  const std::size_t slot = group_.claim_slot();
+  const Length length = mine.size();
+  copy(group_.slot(group_.me(), slot), &length, sizeof(length));
+  copy(group_.slot(group_.me(), slot) + sizeof(length), mine.data(), mine.size());
+  group_.await_all(group_.advance());
+  group_.check_current();
+  std::vector<std::string> all;
+  for (std::size_t i = 0; i < group_.size(); ++i) {
+    const char* const from = group_.slot(i, slot);
+    Length theirs = 0;
+    copy(&theirs, from, sizeof(theirs));
+    all.emplace_back(from + sizeof(theirs), std::min<std::size_t>(theirs, kMost));
+  }
+  return all;
 }
 
 // Meets the other ranks, unless there are so few bytes that they travel with the first step.
@@ -92,6 +117,7 @@ void Collectives::all_reduce(const Operand& operand,
   const Reduce reduce = must_find_reduce(operand.element, reduction);
   const Call call{.kind = Kind::kAllReduce,
                   .element = operand.element,
+                  .type = operand.type,
                   .reduction = reduction,
                   .numel = operand.numel,
                   .operand = place_in_heap(operand.data, operand.bytes())};
@@ -212,11 +238,13 @@ void Collectives::all_reduce_across(const Operand& operand,
   const bool staged = staging != nullptr;
   const Call call{.kind = Kind::kAllReduce,
                   .element = operand.element,
+                  .type = operand.type,
                   .reduction = reduction,
                   .numel = operand.numel,
                   .operand = staged ? place_in_heap(staging, kStagedPieces * kPieceBytes)
                                     : place_in_heap(operand.data, operand.bytes()),
-                  .staged = staged};
+                  .staged = staged,
+                  .across = true};
   group_.begin(call, deadline);
   const std::size_t bytes = size_of(operand.element);
   const std::size_t chunk = kPieceBytes / bytes;
@@ -245,7 +273,7 @@ void Collectives::all_reduce_across(const Operand& operand,
     if (i < count || i > 1) group_.await_all(group_.advance());
     group_.check_current();  // as in meet()
     if (i > 1 && staged) copy_piece(i - 2, true);
-    if (i == 0 && has_lane) cross.compare(call);
+    if (i == 0 && has_lane) cross.compare(group_.call_of(group_.me()));
     if (i < count && has_lane) {
       const std::size_t numel = find_parts(i);
       void* const own = parts[group_.me()];
@@ -267,6 +295,7 @@ void Collectives::broadcast(const Operand& operand, int root, Deadline deadline)
   const std::size_t from = group_.index_of(root);
   const Call call{.kind = Kind::kBroadcast,
                   .element = operand.element,
+                  .type = operand.type,
                   .root = static_cast<std::uint32_t>(root),
                   .numel = operand.numel,
                   .operand = place_in_heap(operand.data, operand.bytes())};
@@ -301,6 +330,7 @@ void Collectives::all_gather(const Operand& input,
   const std::size_t bytes = input.bytes();
   const Call call{.kind = Kind::kAllGather,
                   .element = input.element,
+                  .type = input.type,
                   .numel = input.numel,
                   .operand = place_in_heap(input.data, bytes)};
   group_.begin(call, deadline);
@@ -343,6 +373,7 @@ void Collectives::reduce_scatter(const Operand& output,
   const Call call{
       .kind = Kind::kReduceScatter,
       .element = output.element,
+      .type = output.type,
       .reduction = reduction,
       .numel = output.numel,
       .operand = block == nullptr ? Call::kElsewhere : place_in_heap(block, bytes * ranks)};

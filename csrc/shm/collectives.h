@@ -12,6 +12,8 @@
 
 #include <cstddef>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "shm/group.h"
 
@@ -22,6 +24,7 @@ struct Operand {
   void* data = nullptr;
   std::size_t numel = 0;
   Element element = Element::kUInt8;
+  TypeName type{};
   std::size_t bytes() const { return numel * size_of(element); }
 };
 
@@ -36,13 +39,6 @@ class CrossHosts {
   // Waits for the oldest part that was started and is not finished; at most two are.
   virtual void finish() = 0;
 };
-
-// What crosses hosts goes in pieces of so many bytes, so that one is on the wire while the next is
-// reduced here.
-constexpr std::size_t kPieceBytes = std::size_t{2} << 20;
-
-// Three: one is filled, one is on the wire and one is read.
-constexpr std::size_t kStagedPieces = 3;
 
 class Collectives {
  public:
@@ -73,8 +69,14 @@ class Collectives {
                          void* staging,
                          Deadline deadline);
 
-  // Lets the others know that something else is next, so that they do not wait for this rank.
+  // Lets the others know what is next that another transport carries out, so that they do not wait
+  // for this rank here. Waits for nobody.
   void announce(Kind kind, int root, Deadline deadline);
+
+  // As announce(), and to be followed by exchange().
+  void begin_elsewhere(Kind kind, int root, Deadline deadline);
+  // Waits for all ranks. Returns what each gave, by its place; lengths may differ.
+  std::vector<std::string> exchange(const std::string& mine);
 
  private:
   bool meet(std::size_t bytes);

@@ -9,4 +9,9 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// There is no shared memory left; ordinary memory would do.
+class NoRoom : public Error {
+  using Error::Error;
+};
+
 }  // namespace fastddp::shm

@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cstdio>
 #include <cstring>
 #include <thread>
@@ -10,6 +11,7 @@
 
 #include "shm/error.h"
 #include "shm/heap.h"
+#include "shm/label.h"
 
 namespace fastddp::shm {
 namespace {
@@ -60,7 +62,15 @@ const char* name_of(Element element) {
     case Element::kBool:
       return "bool";
   }
-  return "?";
+  return "elements of an unknown type";
+}
+
+std::string printable(const TypeName& type) {
+  std::string text(type.data(), ::strnlen(type.data(), type.size()));
+  for (char& c : text) {
+    if (std::isprint(static_cast<unsigned char>(c)) == 0) c = '?';
+  }
+  return text;
 }
 
 const char* name_of(Reduction reduction) {
@@ -85,32 +95,6 @@ const char* name_of(Reduction reduction) {
   return "?";
 }
 
-const char* name_of(Kind kind) {
-  switch (kind) {
-    case Kind::kBarrier:
-      return "barrier";
-    case Kind::kAllReduce:
-      return "all_reduce";
-    case Kind::kReduceScatter:
-      return "reduce_scatter";
-    case Kind::kAllGather:
-      return "all_gather";
-    case Kind::kBroadcast:
-      return "broadcast";
-    case Kind::kReduce:
-      return "reduce";
-    case Kind::kGather:
-      return "gather";
-    case Kind::kScatter:
-      return "scatter";
-    case Kind::kAllToAll:
-      return "all_to_all";
-    case Kind::kOther:
-      return "another collective";
-  }
-  return "?";
-}
-
 }  // namespace
 
 Group::Group(Layout layout, std::vector<Member> members, std::size_t me)
@@ -131,11 +115,13 @@ std::size_t Group::index_of(int rank) const {
 void Group::begin(const Call& call, Deadline deadline) {
   count_.fetch_add(1, std::memory_order_relaxed);
   calls_[me_] = call;
+  calls_[me_].label = Label::current();
+  operand_.store(call.operand, std::memory_order_relaxed);
   deadline_ = deadline;
   first_ = now_ + 1;
   compared_ = false;
   check_current();
-  layout_.rank(me_).calls[count() % kCallsKept].write(first_, call);
+  layout_.rank(me_).calls[count() % kCallsKept].write(first_, calls_[me_]);
 }
 
 Time Group::advance() {
@@ -165,9 +151,12 @@ void Group::compare_so_far() {
   for (std::size_t i = 0; i < size(); ++i) {
     const RankBlock& block = layout_.rank(i);
     Call call;
+    // Read once: by a second time it may have been replaced, by one many calls ahead.
     if (i != me_ && block.clock.reached(first_) &&
-        block.calls[count() % kCallsKept].read(first_, call))
-      compare_with(i);
+        block.calls[count() % kCallsKept].read(first_, call)) {
+      calls_[i] = call;
+      compare(i);
+    }
   }
 }
 
@@ -238,14 +227,65 @@ void Group::compare_with(std::size_t index) {
       calls_[index] = calls_[me_];
       calls_[index].operand = Call::kElsewhere;
     } else {
-      calls_[index] = {.kind = Kind::kOther};
+      calls_[index] = {.kind = Kind::kUnknown};
     }
   }
-  if (calls_[me_].agrees_with(calls_[index])) return;
+  compare(index);
+}
+
+void Group::compare(std::size_t index) {
+  if (calls_[me_].agrees_with(calls_[index])) return check_operand(index);
   const auto [low, high] = std::minmax(me_, index);
-  fail("the ranks do not agree: rank " + std::to_string(rank(low)) + " called " +
-       describe(calls_[low]) + ", rank " + std::to_string(rank(high)) + " called " +
-       describe(calls_[high]));
+  fail("the ranks do not agree: " +
+       describe_difference("rank " + std::to_string(rank(low)), calls_[low],
+                           "rank " + std::to_string(rank(high)), calls_[high]));
+}
+
+// Where others will read and write: a stray write in one rank must not become one in all.
+void Group::check_operand(std::size_t index) {
+  const Call& call = calls_[index];
+  const bool across = calls_[me_].across;
+  const bool nowhere = call.operand == Call::kElsewhere;
+  if (nowhere && !across) return;  // it goes through slots
+  const std::uint64_t room = members_[index].heap_bytes;
+  const std::uint64_t bytes = call.operand_bytes(size());
+  if ((!call.staged || across) && call.operand <= room && bytes <= room - call.operand &&
+      call.operand % size_of(call.element) == 0) {
+    return;
+  }
+  fail("rank " + std::to_string(rank(index)) + " announced " + std::to_string(bytes) + " bytes " +
+       (call.staged ? "for pieces " : "") +
+       (nowhere ? "outside" : "at offset " + std::to_string(call.operand)) + " of its heap of " +
+       std::to_string(room) +
+       " bytes: its shared memory was written over, by a bug or by another program; nothing was "
+       "read or written there");
+}
+
+// What a peer that is stopped in the midst of the collective may still write to.
+void Group::retire_operand() const {
+  const std::uint64_t operand = operand_.load(std::memory_order_relaxed);
+  if (operand != Call::kElsewhere) Heap::mine().retire(operand);
+}
+
+std::string Group::describe_difference(const std::string& one,
+                                       const Call& its_call,
+                                       const std::string& other,
+                                       const Call& others_call) const {
+  const bool differ_in_label = its_call.label != others_call.label;
+  const auto part = [&](const std::string& who, const Call& call) {
+    std::string text = who + " called " + describe(call);
+    if (differ_in_label && call.label == 0) text += ", for " + describe_label(0);
+    return text;
+  };
+  std::string text = part(one, its_call) + ", " + part(other, others_call);
+  const std::uint32_t owner = Label::owner_of(its_call.label);
+  const std::uint32_t others_owner = Label::owner_of(others_call.label);
+  if (owner != others_owner && owner != 0 && others_owner != 0) {
+    text +=
+        "; the losses of several wrapped models must be built and run in the same order on all "
+        "ranks";
+  }
+  return text;
 }
 
 std::string Group::describe(const Call& call) const {
@@ -253,10 +293,14 @@ std::string Group::describe(const Call& call) const {
   const bool has_root = call.kind == Kind::kBroadcast || call.kind == Kind::kReduce ||
                         call.kind == Kind::kGather || call.kind == Kind::kScatter;
   if (has_root) text += " with root " + std::to_string(call.root);
-  if (call.kind == Kind::kBarrier || call.kind >= Kind::kReduce) return text;
-  text += " of " + std::to_string(call.numel) + " " + name_of(call.element);
-  if (call.kind == Kind::kAllReduce || call.kind == Kind::kReduceScatter)
-    text += std::string(", ") + name_of(call.reduction);
+  if (call.kind != Kind::kBarrier && call.kind <= Kind::kBroadcast && !call.elsewhere) {
+    text += " of " + std::to_string(call.numel) + " " + name_of(call.element);
+    if (call.type != TypeName{}) text += " in " + printable(call.type);
+    if (call.kind == Kind::kAllReduce || call.kind == Kind::kReduceScatter)
+      text += std::string(", ") + name_of(call.reduction);
+  }
+  if (call.elsewhere && call.kind <= Kind::kBroadcast) text += ", handed to another backend";
+  if (call.label != 0) text += ", for " + describe_label(call.label);
   return text;
 }
 
@@ -278,7 +322,27 @@ void Group::check_current() const {
   if (is_broken()) throw_verdict(describe_current());
 }
 
-void Group::abort(const std::string& why) { write_verdict(why); }
+void Group::check_ended() {
+  check();
+  std::string killed;
+  std::string others;
+  for (std::size_t i = 0; i < size(); ++i) {
+    const Process& process = *members_[i].process;
+    if (i == me_ || !process.ended()) continue;
+    std::string& list = process.was_killed() ? killed : others;
+    list += (list.empty() ? "rank " : ", rank ") + std::to_string(members_[i].rank) + " " +
+            process.describe();
+  }
+  if (killed.empty() && others.empty()) return;
+  // Who was killed is often the reason why others have ended.
+  abort(killed + (killed.empty() || others.empty() ? "" : ", ") + others);
+  check();
+}
+
+void Group::abort(const std::string& why) {
+  retire_operand();
+  write_verdict(why);
+}
 
 void Group::leave() {
   layout_.rank(me_).state.store(State::kLeft, std::memory_order_release);
@@ -308,9 +372,10 @@ void Group::throw_verdict(const std::string& what) const {
     std::this_thread::sleep_for(milliseconds(1));
   }
   const bool written = verdict.is.load(std::memory_order_acquire) == Verdict::Is::kWritten;
-  Heap::mine().retire_freed_blocks();
+  const std::string text(verdict.text.data(), ::strnlen(verdict.text.data(), verdict.text.size()));
+  retire_operand();
   throw Error("fastddp: rank " + std::to_string(rank(me_)) + ": " + what +
-              " failed: " + (written ? verdict.text.data() : "another rank broke the group"));
+              " failed: " + (written ? text : "another rank broke the group"));
 }
 
 }  // namespace fastddp::shm

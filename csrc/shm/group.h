@@ -26,6 +26,7 @@ using Deadline = std::chrono::steady_clock::time_point;
 struct Member {
   int rank = 0;  // in the group that users know
   char* heap = nullptr;
+  std::uint64_t heap_bytes = 0;
   std::shared_ptr<const Process> process;
 };
 
@@ -43,7 +44,7 @@ class Group {
 
   // ---- one collective at a time --------------------------------------------------------
 
-  // Begins a collective. Throws Error if the group is broken.
+  // Begins a collective, with this thread's label. Throws Error if the group is broken.
   void begin(const Call& call, Deadline deadline);
 
   // Ends a step; returns when it ended.
@@ -86,12 +87,21 @@ class Group {
   void check() const;
   bool is_broken() const;
 
+  // For what failed outside of this group: throws the verdict, which it writes if a rank has ended.
+  void check_ended();
+
   // Number of collectives begun.
   std::uint64_t count() const { return count_.load(std::memory_order_relaxed); }
 
   [[noreturn]] void fail(const std::string& why);
 
   std::string describe(const Call& call) const;
+
+  // "rank 0 called ..., rank 1 called ...", and what to do about it. For calls that do not agree.
+  std::string describe_difference(const std::string& one,
+                                  const Call& its_call,
+                                  const std::string& other,
+                                  const Call& others_call) const;
 
  private:
   // `what` failed: the current collective, or the group.
@@ -100,6 +110,9 @@ class Group {
   void wait_slowly(std::size_t index, Time time);
   void find_fault(std::size_t index, Time time);
   void compare_with(std::size_t index);
+  void compare(std::size_t index);
+  void check_operand(std::size_t index);
+  void retire_operand() const;
   std::string describe_current() const;
 
   const Layout layout_;
@@ -115,6 +128,7 @@ class Group {
   std::size_t next_slot_ = 0;
   std::array<Time, kSlots> free_at_{};
   std::atomic<std::uint64_t> count_{0};
+  std::atomic<std::uint64_t> operand_{Call::kElsewhere};  // this rank's, in the last collective
 };
 
 }  // namespace fastddp::shm

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <cstring>
@@ -78,21 +79,25 @@ void* Heap::allocate(std::size_t bytes) {
     const auto hole = std::find_if(free_.begin(), free_.end(),
                                    [&](const auto& entry) { return entry.second >= rounded; });
     if (hole == free_.end())
-      throw Error("the shared heap of " + std::to_string(segment_.size()) +
-                  " bytes has no room for " + std::to_string(bytes) + " more");
+      throw NoRoom("the shared heap of " + std::to_string(segment_.size()) +
+                   " bytes has no room for " + std::to_string(bytes) + " more");
     offset = hole->first;
     const std::size_t rest = hole->second - rounded;
     free_.erase(hole);
     if (rest > 0) free_[offset + rounded] = rest;
     used_[offset] = rounded;
+    zero_kept(offset, offset + rounded);
   }
   char* block = data() + offset;
 #ifdef MADV_POPULATE_WRITE
   // Where there is no memory left this fails; a touch would end the process.
-  if (::madvise(block, rounded, MADV_POPULATE_WRITE) != 0 && errno != EINVAL) {
+  const auto has_pages = [&] {
+    return ::madvise(block, rounded, MADV_POPULATE_WRITE) == 0 || errno == EINVAL;
+  };
+  if (!has_pages() && (!discard_kept() || !has_pages())) {
     const std::string reason = std::strerror(errno);
     free(block);
-    throw Error("taking " + std::to_string(bytes) + " bytes of shared memory: " + reason);
+    throw NoRoom("taking " + std::to_string(bytes) + " bytes of shared memory: " + reason);
   }
 #endif
   return block;
@@ -107,8 +112,13 @@ void Heap::free(void* block) {
   std::size_t begin = entry->first;
   std::size_t bytes = entry->second;
   used_.erase(entry);
-  segment_.discard(begin, bytes);
-  if (retires_) return;
+  const bool is_retired = retired_.erase(begin) > 0;
+  if (num_keeping_ > 0 && !is_retired) {
+    kept_[begin] = begin + bytes;
+  } else {
+    segment_.discard(begin, bytes);
+  }
+  if (is_retired) return;
   auto next = free_.lower_bound(begin);
   if (next != free_.end() && begin + bytes == next->first) {
     bytes += next->second;
@@ -124,9 +134,57 @@ void Heap::free(void* block) {
   free_[begin] = bytes;
 }
 
+// Makes of kept pages what allocate() returns.
+void Heap::zero_kept(std::size_t begin, std::size_t end) {
+  auto part = kept_.upper_bound(begin);
+  if (part != kept_.begin()) --part;
+  while (part != kept_.end() && part->first < end) {
+    const auto [first, last] = *part;
+    if (last <= begin) {
+      ++part;
+      continue;
+    }
+    part = kept_.erase(part);
+    std::memset(data() + std::max(first, begin), 0, std::min(last, end) - std::max(first, begin));
+    if (first < begin) kept_[first] = begin;
+    if (last > end) kept_[end] = last;
+  }
+}
+
+Heap::KeepsPages::KeepsPages(Heap& heap) : heap_(heap) {
+  const std::lock_guard lock(heap.mutex_);
+  ++heap.num_keeping_;
+}
+
+Heap::KeepsPages::~KeepsPages() {
+  {
+    const std::lock_guard lock(heap_.mutex_);
+    if (--heap_.num_keeping_ > 0) return;
+  }
+  heap_.discard_kept();
+}
+
+// Whether there were any.
+bool Heap::discard_kept() {
+  const std::lock_guard lock(mutex_);
+  const bool any = !kept_.empty();
+  for (const auto& [begin, end] : kept_) segment_.discard(begin, end - begin);
+  kept_.clear();
+  return any;
+}
+
+void Heap::retire(std::uint64_t offset) {
+  const std::lock_guard lock(mutex_);
+  auto block = used_.upper_bound(offset);
+  if (block == used_.begin()) return;
+  --block;
+  if (offset - block->first < block->second) retired_.insert(block->first);
+}
+
 bool Heap::contains(const void* begin, std::size_t bytes) const {
   const auto* first = static_cast<const char*>(begin);
-  return first >= data() && first + bytes <= data() + segment_.size();
+  return first >= data() && first <= data() + size() &&
+         bytes <= size() - static_cast<std::size_t>(first - data());
 }
 
 std::size_t Heap::used() const {

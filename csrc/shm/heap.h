@@ -8,12 +8,12 @@
 
 #include <sys/types.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 
 #include "shm/segment.h"
 
@@ -25,31 +25,50 @@ class Heap {
   // it may be freed at any time, also while the process ends. Throws Error.
   static Heap& mine();
 
-  // Returns zeroed memory, aligned to a page. Throws Error that names the size.
+  // Returns zeroed memory, aligned to a page. Throws NoRoom that names the size.
   void* allocate(std::size_t bytes);
 
   // Gives back what allocate() returned. Does nothing in a process that was forked since.
   void free(void* block);
 
-  // From now on freed blocks are not used again. After a collective that failed half way, a peer
-  // may still write to one.
-  void retire_freed_blocks() { retires_ = true; }
+  // The block that holds `offset` is not used again once it is freed: after a collective that
+  // failed half way, a peer may still write to it.
+  void retire(std::uint64_t offset);
 
   bool contains(const void* begin, std::size_t bytes) const;
   std::size_t used() const;
 
+  // While one lives, the pages of blocks that are freed stay for the blocks that are allocated
+  // next, in this process and in its peers: for buckets that make way for others of the same
+  // gradients. A page that was given back costs as much as ten that are zeroed.
+  class KeepsPages {
+   public:
+    explicit KeepsPages(Heap& heap);
+    ~KeepsPages();
+    KeepsPages(const KeepsPages&) = delete;
+    KeepsPages& operator=(const KeepsPages&) = delete;
+
+   private:
+    Heap& heap_;
+  };
+
   char* data() const { return segment_.data(); }
+  std::size_t size() const { return segment_.size(); }
   Address address() const { return segment_.address(); }
 
  private:
   Heap();
+  void zero_kept(std::size_t begin, std::size_t end);
+  bool discard_kept();
 
   const pid_t pid_;
   Segment segment_;
-  std::atomic<bool> retires_ = false;
   mutable std::mutex mutex_;
   std::map<std::size_t, std::size_t> free_;  // bytes by offset; neighbours are merged
   std::map<std::size_t, std::size_t> used_;
+  std::set<std::size_t> retired_;            // of those in use
+  std::map<std::size_t, std::size_t> kept_;  // free, with pages: ends by offset
+  int num_keeping_ = 0;
 };
 
 // A peer's heap, mapped once however many groups share it. Throws Error.

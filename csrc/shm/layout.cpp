@@ -1,5 +1,6 @@
 #include "shm/layout.h"
 
+#include <bit>
 #include <new>
 
 namespace fastddp::shm {
@@ -9,6 +10,7 @@ std::uint64_t pack(const Call& call) {
   return static_cast<std::uint64_t>(call.kind) | static_cast<std::uint64_t>(call.element) << 8 |
          static_cast<std::uint64_t>(call.reduction) << 16 |
          static_cast<std::uint64_t>(call.staged) << 24 |
+         static_cast<std::uint64_t>(call.elsewhere) << 25 |
          static_cast<std::uint64_t>(call.root) << 32;
 }
 
@@ -17,10 +19,41 @@ void unpack(std::uint64_t what, Call& call) {
   call.element = static_cast<Element>(what >> 8 & 0xFF);
   call.reduction = static_cast<Reduction>(what >> 16 & 0xFF);
   call.staged = (what >> 24 & 1) != 0;
+  call.elsewhere = (what >> 25 & 1) != 0;
   call.root = static_cast<std::uint32_t>(what >> 32);
 }
 
 }  // namespace
+
+const char* name_of(Kind kind) {
+  switch (kind) {
+    case Kind::kBarrier:
+      return "barrier";
+    case Kind::kAllReduce:
+      return "all_reduce";
+    case Kind::kReduceScatter:
+      return "reduce_scatter";
+    case Kind::kAllGather:
+      return "all_gather";
+    case Kind::kBroadcast:
+      return "broadcast";
+    case Kind::kReduce:
+      return "reduce";
+    case Kind::kGather:
+      return "gather";
+    case Kind::kScatter:
+      return "scatter";
+    case Kind::kAllToAll:
+      return "all_to_all";
+    case Kind::kMonitoredBarrier:
+      return "monitored_barrier";
+    case Kind::kRefused:
+      return "a collective with wrong arguments, for which it raised an error";
+    case Kind::kUnknown:
+      break;
+  }
+  return "another collective";
+}
 
 void PublishedCall::write(Time number, const Call& call) {
   const std::uint64_t doubled = number * 2;
@@ -30,6 +63,9 @@ void PublishedCall::write(Time number, const Call& call) {
   what_.store(pack(call), std::memory_order_release);
   numel_.store(call.numel, std::memory_order_release);
   operand_.store(call.operand, std::memory_order_release);
+  label_.store(call.label, std::memory_order_release);
+  const auto type = std::bit_cast<std::array<std::uint64_t, 2>>(call.type);
+  for (std::size_t i = 0; i < type.size(); ++i) type_[i].store(type[i], std::memory_order_release);
   number_.store(doubled, std::memory_order_release);
 }
 
@@ -39,6 +75,10 @@ bool PublishedCall::read(Time number, Call& call) const {
   unpack(what_.load(std::memory_order_acquire), call);
   call.numel = numel_.load(std::memory_order_acquire);
   call.operand = operand_.load(std::memory_order_acquire);
+  call.label = label_.load(std::memory_order_acquire);
+  std::array<std::uint64_t, 2> type{};
+  for (std::size_t i = 0; i < type.size(); ++i) type[i] = type_[i].load(std::memory_order_acquire);
+  call.type = std::bit_cast<TypeName>(type);
   return number_.load(std::memory_order_acquire) == doubled;
 }
 

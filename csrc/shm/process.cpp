@@ -11,6 +11,8 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <vector>
@@ -83,11 +85,34 @@ bool Process::ended() const {
   return ::poll(&entry, 1, 0) == 1;
 }
 
+bool Process::was_killed() const {
+  const auto status = ended() ? end_of(pid_, pidfd_.get()) : std::nullopt;
+  return status && WIFSIGNALED(*status);
+}
+
 std::string Process::describe() const {
   const std::string who = "(process " + std::to_string(pid_) + ") ";
   if (!ended()) return who + (is_stopped(pid_) ? "is stopped" : "is running");
   const auto status = end_of(pid_, pidfd_.get());
   return who + (status ? describe_end(*status) : "has ended");
+}
+
+std::shared_ptr<const Process> process_of(const Address& heap) {
+  struct Entry {
+    Nonce nonce;  // a number is given out again, a heap's nonce is not
+    std::weak_ptr<const Process> process;
+  };
+  static std::mutex mutex;
+  static auto& opened = *new std::map<pid_t, Entry>;
+  const std::lock_guard lock(mutex);
+  std::erase_if(opened, [](const auto& each) { return each.second.process.expired(); });
+  const auto entry = opened.find(heap.pid);
+  if (entry != opened.end() && entry->second.nonce == heap.nonce) {
+    if (auto process = entry->second.process.lock()) return process;
+  }
+  auto process = std::make_shared<const Process>(heap.pid);
+  opened[heap.pid] = {heap.nonce, process};
+  return process;
 }
 
 }  // namespace fastddp::shm

@@ -72,7 +72,7 @@ Segment Segment::create(const char* name, std::size_t bytes) {
 Segment Segment::open(const Address& address) {
   const std::string path =
       "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(address.fd);
-  Fd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+  Fd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOCTTY | O_NONBLOCK));
   if (fd.get() < 0) throw Error("opening " + path + ": " + reason());
   struct stat status = {};
   if (::fstat(fd.get(), &status) != 0) throw Error("fstat of " + path + ": " + reason());

@@ -9,16 +9,17 @@ import torch
 from torch.distributed import ProcessGroup
 
 import fastddp._C as _C
-from fastddp.compiler import untraced
-from fastddp.hooks import BucketRunner, GradBucket, Wait
-from fastddp.plan import Bucket, BucketPlan, Slot
+from fastddp.device.compiler import untraced
+from fastddp.engine.hooks import BucketRunner, GradBucket, Wait
+from fastddp.engine.news import News
+from fastddp.engine.plan import Bucket, BucketPlan, Slot
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes by their number in ``csrc/core/dtype.h``."""
 
 
 class NativeReducer:
-    """See :class:`fastddp.engine.Reducer`."""
+    """See :class:`fastddp.engine.interface.Reducer`."""
 
     def __init__(
         self,
@@ -29,6 +30,9 @@ class NativeReducer:
         group: ProcessGroup,
         caps_bytes: Sequence[int],
         comm_dtype: torch.dtype | None = None,
+        owner: int = 0,
+        title: str = "the model",
+        lazy: bool = False,
     ) -> None:
         self._params = list(params)
         self._hook: BucketRunner | None = None
@@ -40,6 +44,9 @@ class NativeReducer:
             group,
             list(caps_bytes),
             comm_dtype,
+            owner=owner,
+            title=title,
+            lazy=lazy,
         )
 
     @property
@@ -49,6 +56,14 @@ class NativeReducer:
     @sync.setter
     def sync(self, value: bool) -> None:
         self._reducer.sync = value
+
+    @property
+    def manual(self) -> bool:
+        return self._reducer.manual
+
+    @manual.setter
+    def manual(self, value: bool) -> None:
+        self._reducer.manual = value
 
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
         self._reducer.watch(outputs)
@@ -71,10 +86,48 @@ class NativeReducer:
             owners = [alive._params[param] for param in params]
             return alive._hook.start(GradBucket(index, count, buffer, owners, offsets))
 
-        self._reducer.set_hook(native_hook)
+        @untraced
+        def native_let_go() -> None:
+            alive = this()
+            if alive is not None and alive._hook is not None:
+                alive._hook.let_go()
+
+        self._reducer.set_hook(native_hook, native_let_go)
 
     def set_after_round(self, callback: Callable[[], None] | None) -> None:
         self._reducer.set_after_round(callback)
+
+    def set_on_news(self, callback: Callable[[News], None]) -> None:
+        self._reducer.set_on_news(lambda news: callback(News(news)))
+
+    @property
+    def has_left_news(self) -> bool:
+        return self._reducer.has_left_news
+
+    @property
+    def began_ns(self) -> int:
+        return self._reducer.began_ns
+
+    def read_left_news(self) -> bool:
+        return self._reducer.read_left_news()
+
+    def leave_news(self) -> None:
+        self._reducer.leave_news()
+
+    def is_stale(self) -> bool:
+        return self._reducer.is_stale()
+
+    def retire(self) -> None:
+        self._reducer.retire()
+
+    def is_in_flight(self) -> bool:
+        return self._reducer.is_in_flight()
+
+    def finalize(self) -> None:
+        self._reducer.finalize()
+
+    def average(self) -> None:
+        self._reducer.average()
 
     def outgrown(self) -> bool:
         return self._reducer.outgrown()
@@ -87,6 +140,12 @@ class NativeReducer:
 
     def unused(self) -> Sequence[str]:
         return self._reducer.unused()
+
+    def error(self) -> str:
+        return self._reducer.error()
+
+    def used_by(self) -> Sequence[int]:
+        return self._reducer.used_by()
 
     def close(self) -> None:
         self._reducer.close()

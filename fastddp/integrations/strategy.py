@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastddp.patch import patch
+from fastddp.integrations.patch import patch
 
 
 class WrapsInFastDDP:

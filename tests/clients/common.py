@@ -117,7 +117,7 @@ def assert_trained_alike(by_way: Mapping[str, list[Outcome]], engine: str, steps
     """
     for rank, (ours, torchs) in enumerate(zip(by_way[engine], by_way[TORCH], strict=True)):
         assert torchs.wrapper == "torch.nn.parallel.distributed"
-        assert ours.wrapper == "fastddp.ddp"
+        assert ours.wrapper == "fastddp.ddp.wrapper"
         assert ours.rounds == steps
         assert_same_bits(ours.weights, torchs.weights, f"rank {rank}, after training")
 

@@ -99,15 +99,29 @@ def test_copies_keep_their_class() -> None:
 
 
 def _torch_replicate(rank: int, world_size: int) -> None:
+    """Torch's `replicate()` runs the model itself, between the halves of the wrapper's forward."""
     from torch.distributed._composable import replicate
 
-    model = replicate(nn.Linear(2, 2))
-    with fastddp.patch(), pytest.raises(NotImplementedError, match="_pre_forward"):
-        model(torch.ones(1, 2))
+    ladder = Ladder()
+    model = replicate(ladder)
+    with fastddp.patch():
+        for step in range(3):
+            model.zero_grad()
+            model(ladder_x(rank, step, world_size)).backward()
+            assert_ladder(ladder, mean_x(step, world_size), f"step {step}")
+        model.set_requires_gradient_sync(False)
+        model.zero_grad()
+        model(ladder_x(rank, 0, world_size)).backward()
+        assert_ladder(ladder, ladder_x(rank, 0, world_size), "not synchronised")
+    assert _is_ours(replicate.state(model)._ddp_weakref())
+
+    half = distributed._MixedPrecision(param_dtype=torch.float16)
+    with fastddp.patch(), pytest.raises(NotImplementedError, match="mixed_precision needs"):
+        replicate(nn.Linear(2, 2), mixed_precision=half)(torch.ones(1, 2))
 
 
-def test_what_relies_on_torchs_insides_is_told() -> None:
-    run_ranks(_torch_replicate, 1)
+def test_replicate_trains_through_ours() -> None:
+    run_ranks(_torch_replicate, 2)
 
 
 # ---- where ---------------------------------------------------------------------------------------

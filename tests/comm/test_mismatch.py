@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fastddp import extension
 from tests.comm.common import (
     case,
     expect,
@@ -67,21 +68,79 @@ def _barrier(group: dist.ProcessGroup) -> None:
     dist.barrier(group=group)
 
 
-def _gather(numel: int, root: int = 0) -> Collective:
+def _gather(numel: int, root: int = 0, dtype: torch.dtype = torch.float32) -> Collective:
     def call(group: dist.ProcessGroup) -> None:
-        at_root = group.rank() == root
-        outputs = [torch.ones(numel) for _ in range(group.size())] if at_root else None
-        dist.gather(torch.ones(numel), outputs, group_dst=root, group=group)
+        one = torch.ones(numel, dtype=dtype)
+        outputs = [one.clone() for _ in range(group.size())] if group.rank() == root else None
+        dist.gather(one, outputs, group_dst=root, group=group)
 
     return call
 
 
-def _all_to_all(numel: int) -> Collective:
+def _scatter(numel: int, root: int = 0, dtype: torch.dtype = torch.float32) -> Collective:
     def call(group: dist.ProcessGroup) -> None:
-        flat = torch.ones(numel * group.size())
+        one = torch.ones(numel, dtype=dtype)
+        inputs = [one.clone() for _ in range(group.size())] if group.rank() == root else None
+        dist.scatter(one, inputs, group_src=root, group=group)
+
+    return call
+
+
+def _reduce(
+    numel: int,
+    root: int = 0,
+    dtype: torch.dtype = torch.float32,
+    op: dist.ReduceOp = dist.ReduceOp.SUM,
+) -> Collective:
+    return lambda group: dist.reduce(
+        torch.ones(numel, dtype=dtype), group_dst=root, op=op, group=group
+    )
+
+
+def _all_to_all(numel: int, dtype: torch.dtype = torch.float32) -> Collective:
+    def call(group: dist.ProcessGroup) -> None:
+        flat = torch.ones(numel * group.size(), dtype=dtype)
         dist.all_to_all_single(torch.empty_like(flat), flat, group=group)
 
     return call
+
+
+def _all_to_all_uneven(gives: int, takes: int) -> Collective:
+    """Everybody gives each rank so many rows of three, and takes so many from each."""
+
+    def call(group: dist.ProcessGroup) -> None:
+        out, flat = (torch.ones(n * group.size(), 3) for n in (takes, gives))
+        dist.all_to_all_single(out, flat, *([n] * group.size() for n in (takes, gives)), group)
+
+    return call
+
+
+def _all_to_all_list(numel: int) -> Collective:
+    def call(group: dist.ProcessGroup) -> None:
+        lists = ([torch.ones(numel) for _ in range(group.size())] for _ in range(2))
+        dist.all_to_all(*lists, group=group)
+
+    return call
+
+
+def _all_gather_coalesced(*sizes: int) -> Collective:
+    def call(group: dist.ProcessGroup) -> None:
+        outputs = [[torch.ones(n) for n in sizes] for _ in range(group.size())]
+        group.allgather_coalesced(outputs, [torch.ones(n) for n in sizes]).wait()
+
+    return call
+
+
+def _reduce_scatter_uneven(first: int) -> Collective:
+    def call(group: dist.ProcessGroup) -> None:
+        inputs = [torch.ones(first if r == 0 else 5) for r in range(group.size())]
+        dist.reduce_scatter(torch.ones_like(inputs[group.rank()]), inputs, group=group)
+
+    return call
+
+
+def _sparse(rows: int) -> Collective:
+    return lambda group: dist.all_reduce(torch.ones(rows, 2).to_sparse(1), group=group)
 
 
 class Mismatch(NamedTuple):
@@ -117,6 +176,54 @@ MISMATCHES = {
     "order: gather and all_to_all": Mismatch(
         _gather(9), _all_to_all(9), ("gather", "all.?to.?all")
     ),
+    "elements of a reduce": Mismatch(
+        _reduce(9), _reduce(4), ("reduce with root 0 of 9 float32", "reduce with root 0 of 4 float")
+    ),
+    "dtypes of a reduce": Mismatch(
+        _reduce(9), _reduce(9, dtype=torch.int32), ("9 float32, sum", "9 int32, sum")
+    ),
+    "operations of a reduce": Mismatch(
+        _reduce(9), _reduce(9, op=MAX), ("9 float32, sum", "9 float32, max")
+    ),
+    "roots of a reduce": Mismatch(_reduce(9), _reduce(9, root=1), ("root 0", "root 1")),
+    "elements of a gather": Mismatch(_gather(9), _gather(4), ("9 float32", "4 float32")),
+    "dtypes of a gather": Mismatch(
+        _gather(9), _gather(9, dtype=torch.int32), ("9 float32", "9 int32")
+    ),
+    "elements of a scatter": Mismatch(_scatter(9), _scatter(4), ("9 float32", "4 float32")),
+    "dtypes of a scatter": Mismatch(
+        _scatter(9), _scatter(9, dtype=torch.float64), ("9 float32", "9 float64")
+    ),
+    "reduce and scatter": Mismatch(_reduce(9), _scatter(9), ("called reduce", "called scatter")),
+    "dtypes of an all_to_all": Mismatch(
+        _all_to_all(9), _all_to_all(9, torch.int32), ("float32", "int32")
+    ),
+    "splits of an all_to_all": Mismatch(
+        _all_to_all_uneven(3, 3),
+        _all_to_all_uneven(2, 2),
+        ("9 elements|takes 9", "6 elements|takes 6"),
+    ),
+    "tensors of an all_to_all": Mismatch(
+        _all_to_all_list(9), _all_to_all_list(4), ("9 elements|takes 9", "4 elements|takes 4")
+    ),
+    "several tensors of an all_gather": Mismatch(
+        _all_gather_coalesced(3, 7), _all_gather_coalesced(7, 3), ("3 float32, 7", "7 float32, 3")
+    ),
+    "uneven parts of a reduce_scatter": Mismatch(
+        _reduce_scatter_uneven(9), _reduce_scatter_uneven(8), ("9 float32", "8 float32")
+    ),
+    "shapes of a sparse all_reduce": Mismatch(_sparse(9), _sparse(4), ("9, 2", "4, 2")),
+    "an all_reduce of complex and of real numbers": Mismatch(
+        # As the backend gets it: dist.all_reduce makes pairs of complex numbers before.
+        lambda group: group.allreduce([torch.ones(9, dtype=torch.complex64)]).wait(),
+        _all_reduce(18),
+        ("18 float32 in complex64", "18 float32,"),
+    ),
+    "a broadcast of complex numbers and of bytes": Mismatch(
+        lambda group: group.broadcast([torch.ones(2, dtype=torch.complex64)]).wait(),
+        lambda group: group.broadcast([torch.ones(16, dtype=torch.uint8)]).wait(),
+        ("16 uint8 in complex64", "16 uint8,|16 uint8$"),
+    ),
     "roots of a broadcast": Mismatch(_broadcast(9), _broadcast(9, root=1), (r"\b0\b", r"\b1\b")),
     "roots of a gather": Mismatch(_gather(9), _gather(9, root=1), (r"\b0\b", r"\b1\b")),
     "elements of a broadcast": Mismatch(_broadcast(9), _broadcast(10), (r"\b9\b", r"\b10\b")),
@@ -139,14 +246,6 @@ def _mismatches(rank: int, world_size: int) -> None:
         with case(name):
             group, beside = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
             _all_reduce(5)(group)
-            # The odd one goes first: a gather is over for those who only send as soon as its root
-            # has received, and what is over cannot fail any more.
-            gone = scratch_folder() / f"gone-{name}"
-            if rank == last:
-                gone.touch()
-            else:
-                _wait_for([gone])
-                time.sleep(0.1)
             with pytest.raises(RuntimeError) as caught:
                 (differently if rank == last else alike)(group)
             # Both sides: the odd one, and one of the others.
@@ -181,6 +280,44 @@ def _memory_is_left_alone(rank: int, world_size: int, backend: str) -> None:
 @not_gloo
 def test_a_mismatch_leaves_memory_alone(backend):
     run_group(_memory_is_left_alone, 2, backend, backend)
+
+
+def _labelled_all_reduce(label: int, numel: int = 640) -> Collective:
+    def call(group: dist.ProcessGroup) -> object:
+        # The label is that of the launch, also of what runs later.
+        native = extension.load()
+        previous = native.set_label(label)
+        work = dist.all_reduce(torch.ones(numel), group=group, async_op=True)
+        assert native.set_label(previous) == label
+        return work.wait()
+
+    return call
+
+
+def _owners_differ(rank: int, world_size: int) -> None:
+    native = extension.load()
+    native.name_owner(1, "model 'Critic' (the first one wrapped)")
+    native.name_owner(2, "model 'Critic' (the second one wrapped)")
+    first, second, others = 1 << 32 | 4, 2 << 32 | 4, 1 << 32 | 5
+    hint = "same order on all ranks"
+    bucket = "bucket 4 of model 'Critic' .the {} one wrapped."
+    cases = {
+        "owners": (first, second, (bucket.format("first"), bucket.format("second"), hint)),
+        "buckets": (first, others, (bucket.format("first"), "bucket 5 of model 'Critic' .the fi")),
+        "the script's own": (first, 0, (bucket.format("first"), "for the script itself")),
+    }
+    for name, (even, odd, said) in cases.items():
+        with case(name):
+            group = dist.new_group()
+            _labelled_all_reduce(first)(group)
+            with pytest.raises(RuntimeError) as caught:
+                _labelled_all_reduce(even if rank == 0 else odd)(group)
+            _says(str(caught.value), "rank 0 called", "rank 1 called", *said)
+
+
+@not_gloo
+def test_collectives_of_different_owners_never_meet(backend):
+    run_group(_owners_differ, 2, backend)
 
 
 def _async_mismatch(rank: int, world_size: int) -> None:
@@ -378,5 +515,119 @@ def _wrong_arguments(rank: int, world_size: int) -> None:
             expect(x, reduced(world_size, 9))
 
 
+def _numbers_agree(rank: int, world_size: int) -> None:
+    """Torch's own check of what ranks do compares the groups' sequence numbers, on gloo."""
+    for _ in range(12):
+        works = [dist.all_reduce(torch.ones(4), async_op=True) for _ in range(3)]
+        dist.reduce(torch.ones(4), 0)
+        for work in works:
+            work.wait()
+    dist.all_reduce(torch.ones(4))
+
+
+@not_gloo
+def test_debug_mode_finds_no_mismatch_where_there_is_none(backend, monkeypatch):
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+    run_group(_numbers_agree, 2, backend)
+
+
+def _launches_are_counted(rank: int, world_size: int) -> None:
+    group = dist.new_group()
+    backend = group._get_backend(torch.device("cpu"))
+    before = backend._get_sequence_number_for_group()
+    if rank == 0:  # nobody else has come to any of them
+        works = [dist.all_reduce(torch.ones(4), group=group, async_op=True) for _ in range(3)]
+        works.append(dist.reduce(torch.ones(4), 0, group=group, async_op=True))
+        assert backend._get_sequence_number_for_group() == before + 4
+        (scratch_folder() / "counted").touch()
+        for work in works:
+            work.wait()
+    else:
+        _wait_for([scratch_folder() / "counted"])
+        for _ in range(3):
+            dist.all_reduce(torch.ones(4), group=group)
+        dist.reduce(torch.ones(4), 0, group=group)
+        assert backend._get_sequence_number_for_group() == before + 4
+
+
+@not_gloo
+def test_sequence_numbers_count_launches(backend):
+    run_group(_launches_are_counted, 2, backend)
+
+
 def test_wrong_arguments_are_refused_and_break_nothing(backend):
     run_group(_wrong_arguments, 2, backend)
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def _message(rank: int, sent: int, received: int, first: str, tag: int) -> str:
+    """Rank 0 sends to rank 1; returns what this rank is told."""
+    group = dist.new_group(timeout=timedelta(seconds=60))
+    dist.barrier(group)
+    began = time.monotonic()
+    is_first = (first == "sender") == (rank == 0)
+    name = scratch_folder() / f"{sent}-{received}-{first}"
+    if not is_first:
+        _wait_for([name])
+
+    def exchange() -> None:
+        if rank == 0:
+            work = dist.isend(torch.ones(sent), 1, group, tag)
+        else:
+            work = dist.irecv(torch.zeros(received), 0, group, tag)
+        name.touch()
+        work.wait()
+
+    with pytest.raises(RuntimeError) as caught:
+        exchange()
+    assert time.monotonic() - began < DEADLINE_S
+    with pytest.raises(RuntimeError):
+        dist.all_reduce(torch.ones(1), group=group)
+    return str(caught.value)
+
+
+def _messages(rank: int, world_size: int) -> list[str]:
+    said = []
+    for sent, received in ((4, 8), (8, 4), (4, 0), (0, 4), (1_000_000, 999_999)):
+        for first in ("sender", "receiver"):
+            said.append(_message(rank, sent, received, first, sent % 3))
+    # Sizes that differ are no error where the order, the tag or the sender is another.
+    group = dist.new_group()
+    if rank == 0:
+        works = [dist.isend(torch.full((n,), n + 0.0), 1, group, n) for n in (3, 2, 1)]
+        works += [dist.isend(torch.full((n,), n + 0.0), 1, group, 9) for n in (4, 5)]
+    else:
+        tensors = [torch.zeros(n) for n in (1, 2, 3, 4, 5)]
+        works = [dist.irecv(x, 0, group, min(len(x), 9)) for x in tensors[:3]]
+        works += [dist.irecv(x, 0, group, 9) for x in tensors[3:]]
+    for work in works:
+        work.wait()
+    if rank == 1:
+        assert all(bool((x == len(x)).all()) for x in tensors)
+    # A receiver from anybody cannot know the size; what comes after it is right all the same.
+    for n in range(40):
+        x = torch.full((n,), 1.0 * n)
+        if rank == 0:
+            dist.send(x, 1, group, 5)
+        else:
+            y = torch.zeros(n)
+            dist.recv(y, None if n % 3 == 1 else 0, group, tag=5)
+            assert torch.equal(x, y)
+    with pytest.raises((ValueError, RuntimeError)):  # refused, so it was no message
+        dist.send(torch.ones(3), 1, group, tag=-1)
+    dist.barrier(group)
+    return said
+
+
+@not_gloo
+def test_messages_of_another_size_are_an_error(backend):
+    by_rank = run_group(_messages, 2, backend, timeout=12.0)
+    sizes = [s for s in ((4, 8), (8, 4), (4, 0), (0, 4), (1_000_000, 999_999)) for _ in range(2)]
+    for said in by_rank:
+        for text, (sent, received) in zip(said, sizes, strict=True):
+            assert (
+                f"the ranks do not agree: with tag {sent % 3}, rank 0 sends {4 * sent} bytes to "
+                f"rank 1, which receives {4 * received}" in text
+            ), text

@@ -1,10 +1,14 @@
 #include "core/block_cache.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <random>
+#include <thread>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -18,6 +22,7 @@ namespace {
 // What the caches below hold of the system's memory, by block.
 std::unordered_map<void*, std::size_t> held;
 std::size_t held_bytes = 0;
+std::size_t num_taken = 0;  // ever
 std::size_t system_bytes = SIZE_MAX;
 
 void* take(std::size_t bytes) {
@@ -25,19 +30,33 @@ void* take(std::size_t bytes) {
   void* const block = std::malloc(1);  // sizes are only counted
   held.emplace(block, bytes);
   held_bytes += bytes;
+  ++num_taken;
   return block;
 }
 
-void give(void* block) {
-  held_bytes -= held.at(block);
+void give(void* block, std::size_t bytes) {
+  CHECK(held.at(block) == bytes);
+  held_bytes -= bytes;
   held.erase(block);
   std::free(block);
 }
 
+constexpr auto kPatience = std::chrono::seconds(30);
+
+// A cache whose time passes when a test says so.
+struct TimedCache : BlockCache {
+  TimedCache() : BlockCache(&take, &give, kPatience) {}
+  void* allocate(std::size_t bytes) { return BlockCache::allocate(bytes, now); }
+  bool release(void* block) { return BlockCache::release(block, now); }
+  void decay_after(Clock::duration time) { decay(now += time); }
+
+  Clock::time_point now{std::chrono::hours(1)};
+};
+
 }  // namespace
 
 TEST(a_freed_block_serves_the_next_request_of_about_its_size) {
-  BlockCache cache(&take, &give);
+  TimedCache cache;
   void* const other = cache.allocate(20000);  // so that there is room for idle blocks
   void* const block = cache.allocate(1000);
   CHECK(cache.release(block));
@@ -54,7 +73,7 @@ TEST(a_freed_block_serves_the_next_request_of_about_its_size) {
 }
 
 TEST(the_best_fit_is_taken_and_among_equals_the_last_freed) {
-  BlockCache cache(&take, &give);
+  TimedCache cache;
   void* const large = cache.allocate(1090);
   void* const first = cache.allocate(1010);
   void* const second = cache.allocate(1010);
@@ -67,7 +86,7 @@ TEST(the_best_fit_is_taken_and_among_equals_the_last_freed) {
 }
 
 TEST(a_block_of_another_origin_is_refused) {
-  BlockCache cache(&take, &give);
+  TimedCache cache;
   int other = 0;
   CHECK(!cache.release(&other));
   void* const block = cache.allocate(1);
@@ -77,7 +96,7 @@ TEST(a_block_of_another_origin_is_refused) {
 }
 
 TEST(a_step_that_repeats_asks_the_system_for_nothing) {
-  BlockCache cache(&take, &give);
+  TimedCache cache;
   const auto step = [&cache] {  // a small block is in use while the large ones are idle
     void* const small = cache.allocate(4);
     CHECK(cache.release(small));
@@ -86,14 +105,14 @@ TEST(a_step_that_repeats_asks_the_system_for_nothing) {
     CHECK(cache.release(one) && cache.release(other));
   };
   step();
-  const auto after_one = held;
+  const std::size_t after_one = num_taken;
   for (int i = 0; i < 100; ++i) step();
-  CHECK(held == after_one);
+  CHECK(num_taken == after_one);
   cache.trim();
 }
 
 TEST(what_is_held_stays_within_a_quarter_of_the_peak_whatever_is_asked_for) {
-  BlockCache cache(&take, &give);
+  TimedCache cache;
   std::mt19937 random(3);
   std::vector<void*> in_use;
   for (int i = 0; i < 20000; ++i) {
@@ -113,17 +132,119 @@ TEST(what_is_held_stays_within_a_quarter_of_the_peak_whatever_is_asked_for) {
   CHECK(held.empty());
 }
 
-TEST(a_peak_that_does_not_come_again_is_given_back) {
-  BlockCache cache(&take, &give);
-  void* const once = cache.allocate(1000);
-  CHECK(cache.release(once));
-  for (int i = 0; i < 162; ++i) CHECK(cache.release(cache.allocate(100)));
-  CHECK(held_bytes == 100);
+TEST(a_block_that_is_not_asked_for_is_given_back_in_time) {
+  TimedCache cache;
+  void* const once = cache.allocate(100);
+  void* const again = cache.allocate(1000);
+  CHECK(cache.release(once) && cache.release(again));
+  for (int seconds = 0; seconds < 29; ++seconds) {
+    cache.decay_after(std::chrono::seconds(1));
+    CHECK(cache.allocate(1000) == again && cache.release(again));
+    CHECK(held_bytes == 1100);
+  }
+  cache.decay_after(std::chrono::seconds(1));
+  CHECK(held_bytes == 1000);
+  cache.decay_after(kPatience);  // with nothing asked for at all
+  CHECK(held_bytes == 0 && cache.idle() == 0);
+}
+
+TEST(a_peak_that_does_not_come_again_leaves_no_room_for_idle_blocks) {
+  TimedCache cache;
+  CHECK(cache.release(cache.allocate(6000)));  // a checkpoint
+  std::size_t size = 100;
+  const auto step = [&] {  // of sizes that never fit what is idle
+    size = size < 200 ? size * 6 / 5 : 100;
+    CHECK(cache.release(cache.allocate(size)));
+    cache.decay_after(kPatience / 10);
+  };
+  for (int i = 0; i < 9; ++i) step();
+  CHECK(cache.peak() == 6000 && held_bytes > 6000);
+  for (int i = 0; i < 20; ++i) step();
+  CHECK(cache.peak() <= 240);
+  for (int i = 0; i < 100; ++i) {
+    step();
+    CHECK(held_bytes == cache.idle() && cache.idle() <= 240 + 240 / 4);
+  }
   cache.trim();
 }
 
+TEST(what_is_in_use_for_long_counts_as_recent) {
+  TimedCache cache;
+  void* const large = cache.allocate(1000);
+  cache.decay_after(10 * kPatience);
+  CHECK(cache.peak() == 1000);
+  CHECK(cache.release(large));
+  CHECK(cache.idle() == 1000);
+  cache.decay_after(kPatience / 2);
+  CHECK(cache.allocate(1000) == large);
+  CHECK(cache.release(large));
+  cache.trim();
+}
+
+TEST(steps_find_their_blocks_however_often_others_come_between) {
+  TimedCache cache;
+  const auto pass = [&cache](std::vector<std::size_t> sizes) {
+    std::vector<void*> blocks;
+    for (const std::size_t size : sizes) blocks.push_back(cache.allocate(size));
+    for (void* const block : blocks) CHECK(cache.release(block));
+    cache.decay_after(std::chrono::milliseconds(50));
+  };
+  const auto all = [&pass] {  // three steps, or micro-batches, and an evaluation
+    for (int i = 0; i < 3; ++i) pass({400, 500, 600});
+    pass({300, 50});
+  };
+  all();
+  const std::size_t after_one = num_taken;
+  for (int i = 0; i < 1000; ++i) all();  // for longer than the patience
+  CHECK(num_taken == after_one);
+  cache.trim();
+}
+
+// As the one rule says: the smallest block that fits and, among equals, the last one freed.
+TEST(it_takes_what_a_search_of_all_blocks_finds) {
+  TimedCache cache;
+  struct Idle {
+    void* data;
+    std::size_t bytes;
+  };
+  std::vector<Idle> idle, in_use;
+  const auto find = [&idle](std::size_t bytes) {
+    auto best = idle.end();
+    for (auto block = idle.begin(); block != idle.end(); ++block) {
+      if (block->bytes < bytes || block->bytes - bytes > bytes / 8) continue;
+      if (best == idle.end() || block->bytes <= best->bytes) best = block;
+    }
+    return best;
+  };
+  std::mt19937 random(5);
+  void* const room = cache.allocate(1000000);  // so that none is driven out
+  for (int i = 0; i < 20000; ++i) {
+    if (in_use.empty() || random() % 2 == 0) {
+      const std::size_t bytes = 100 + random() % 50;
+      const auto expected = find(bytes);
+      void* const data = cache.allocate(bytes);
+      if (expected == idle.end()) {
+        in_use.push_back({data, bytes});
+      } else {
+        CHECK(data == expected->data);
+        in_use.push_back(*expected);
+        idle.erase(expected);
+      }
+    } else {
+      std::swap(in_use[random() % in_use.size()], in_use.back());
+      CHECK(cache.release(in_use.back().data));
+      idle.push_back(in_use.back());
+      in_use.pop_back();
+    }
+  }
+  for (const Idle& block : in_use) CHECK(cache.release(block.data));
+  CHECK(cache.release(room));
+  const std::size_t bytes = held_bytes;
+  CHECK(cache.trim() == bytes && held_bytes == 0);
+}
+
 TEST(idle_blocks_are_given_up_where_memory_is_short) {
-  BlockCache cache(&take, &give);
+  TimedCache cache;
   void* const block = cache.allocate(1000);
   CHECK(cache.release(block));
   system_bytes = 1200;
@@ -133,6 +254,32 @@ TEST(idle_blocks_are_given_up_where_memory_is_short) {
   CHECK(cache.in_use() == 250 && cache.peak() == 1000);
   system_bytes = SIZE_MAX;
   CHECK(cache.release(other));
+  cache.trim();
+}
+
+TEST(threads_share_it_under_one_lock) {
+  TimedCache cache;
+  std::mutex mutex;
+  std::atomic<bool> is_right = true;
+  std::vector<std::thread> threads;
+  for (unsigned seed = 0; seed < 4; ++seed) {
+    threads.emplace_back([&, seed] {
+      std::mt19937 random(seed);
+      for (int i = 0; i < 2000; ++i) {
+        void* block = nullptr;
+        {
+          const std::lock_guard lock(mutex);
+          block = cache.allocate(1 + random() % 100);
+          if (random() % 100 == 0) cache.trim();
+          if (random() % 100 == 0) cache.decay_after(kPatience);
+        }
+        const std::lock_guard lock(mutex);
+        if (!cache.release(block)) is_right = false;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(is_right && cache.in_use() == 0 && held_bytes == cache.idle());
   cache.trim();
 }
 

@@ -1,16 +1,27 @@
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "check.h"
+#include "core/launch_order.h"
+#include "core/marks.h"
 #include "core/plan.h"
 #include "core/schedule.h"
 #include "core/tracker.h"
 
+using fastddp::any_changed;
 using fastddp::BucketPlan;
+using fastddp::is_mixed;
+using fastddp::label_of;
+using fastddp::LaunchOrder;
+using fastddp::Marks;
+using fastddp::marks_of;
 using fastddp::ParamSpec;
 using fastddp::plan_buckets;
 using fastddp::ReadyTracker;
@@ -30,6 +41,16 @@ std::vector<std::int64_t> iota(std::size_t size) {
   return order;
 }
 
+// The next bucket if it is full.
+std::size_t pop_full(ReadyTracker& tracker) {
+  return tracker.is_next_full() ? tracker.pop() : ReadyTracker::kNone;
+}
+
+const int& key_of(std::uint32_t thread) {
+  static const std::array<int, 4> keys{};
+  return keys[thread];
+}
+
 }  // namespace
 
 TEST(small_parameters_share_a_bucket_at_aligned_offsets) {
@@ -37,7 +58,7 @@ TEST(small_parameters_share_a_bucket_at_aligned_offsets) {
   CHECK(plan.size() == 1);
   CHECK((plan[0].slots == std::vector<SlotPlan>{{2, 0, 1}, {1, 4, 5}, {0, 12, 3}}));
   CHECK(plan[0].flags_offset == 16);
-  CHECK(plan[0].numel == 20);
+  CHECK(plan[0].numel == 52);  // with three flags and 33 marks, a multiple of 16 bytes
 }
 
 TEST(a_bucket_is_closed_once_it_holds_its_cap) {
@@ -62,7 +83,53 @@ TEST(an_empty_parameter_has_a_slot_and_a_flag) {
   const auto plan = plan_buckets({floats(0)}, {0}, {16});
   CHECK(plan.size() == 1);
   CHECK(plan[0].flags_offset == 0);
-  CHECK(plan[0].numel == 4);
+  CHECK(plan[0].numel == 36);
+}
+
+TEST(marks_say_whose_a_bucket_is_and_what_has_changed) {
+  const auto mine = label_of(7, 1), other = label_of(8, 1);
+  CHECK(mine != other);
+  Marks sum = marks_of(mine, false);
+  CHECK(!is_mixed(mine, sum.data()));
+  CHECK(!any_changed(sum.data()));
+  const Marks theirs = marks_of(other, true);
+  for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += theirs[i];
+  CHECK(is_mixed(mine, sum.data()));
+  CHECK(is_mixed(other, sum.data()));
+  CHECK(any_changed(sum.data()));
+}
+
+TEST(rounds_launch_in_the_order_in_which_they_began) {
+  LaunchOrder order;
+  const int first = 0, second = 0, third = 0;
+  for (const int* reducer : {&first, &second, &third}) order.begin(reducer);
+  CHECK(order.may_launch(&first));
+  CHECK(!order.may_launch(&second));
+  order.end(&second);  // abandoned
+  CHECK(!order.may_launch(&third));
+  order.end(&first);
+  order.end(&first);
+  CHECK(order.may_launch(&third));
+}
+
+TEST(an_order_may_be_asked_from_several_threads) {
+  LaunchOrder order;
+  std::atomic<int> done{0};
+  std::vector<std::thread> threads;
+  for (std::uint32_t i = 0; i < 4; ++i) {
+    threads.emplace_back([&order, &done, i] {
+      order.introduce(i, "model");
+      for (int round = 0; round < 200; ++round) {
+        order.begin(&key_of(i));
+        while (!order.may_launch(&key_of(i))) std::this_thread::yield();
+        order.end(&key_of(i));
+      }
+      ++done;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(done == 4);
+  CHECK(order.others(0) == "model, model, model");
 }
 
 TEST(bad_orders_and_caps_are_refused) {
@@ -76,17 +143,17 @@ TEST(bad_orders_and_caps_are_refused) {
 TEST(buckets_are_handed_out_in_plan_order_whatever_order_they_fill_in) {
   const auto plan = plan_buckets({floats(4), floats(4), floats(4)}, iota(3), {16});
   ReadyTracker tracker(plan);
-  CHECK(tracker.pop_full() == ReadyTracker::kNone);
+  CHECK(pop_full(tracker) == ReadyTracker::kNone);
   tracker.mark(2);
   tracker.mark(1);
-  CHECK(tracker.pop_full() == ReadyTracker::kNone);
+  CHECK(pop_full(tracker) == ReadyTracker::kNone);
   CHECK(!tracker.launched(0));
   tracker.mark(0);
-  CHECK(tracker.pop_full() == 0);
+  CHECK(pop_full(tracker) == 0);
   CHECK(tracker.launched(0));
-  CHECK(tracker.pop_full() == 1);
-  CHECK(tracker.pop_full() == 2);
-  CHECK(tracker.pop_full() == ReadyTracker::kNone);
+  CHECK(pop_full(tracker) == 1);
+  CHECK(pop_full(tracker) == 2);
+  CHECK(pop_full(tracker) == ReadyTracker::kNone);
   CHECK(tracker.pop() == ReadyTracker::kNone);
 }
 
@@ -94,7 +161,7 @@ TEST(what_never_fills_can_be_popped) {
   const auto plan = plan_buckets({floats(4), floats(4)}, iota(2), {16});
   ReadyTracker tracker(plan);
   tracker.mark(1);
-  CHECK(tracker.pop_full() == ReadyTracker::kNone);
+  CHECK(pop_full(tracker) == ReadyTracker::kNone);
   CHECK(tracker.pop() == 0);
   CHECK(tracker.pop() == 1);
   CHECK(tracker.pop() == ReadyTracker::kNone);
@@ -121,8 +188,8 @@ TEST(random_arrivals_launch_each_bucket_once_and_in_order) {
     std::size_t expected = 0;
     for (const std::int64_t param : order) {
       tracker.mark(bucket_of[static_cast<std::size_t>(param)]);
-      for (auto bucket = tracker.pop_full(); bucket != ReadyTracker::kNone;
-           bucket = tracker.pop_full()) {
+      for (auto bucket = pop_full(tracker); bucket != ReadyTracker::kNone;
+           bucket = pop_full(tracker)) {
         CHECK(bucket == expected++);
       }
     }

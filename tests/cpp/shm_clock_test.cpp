@@ -121,7 +121,7 @@ TEST(a_published_call_comes_back_whole) {
   published.write(20, numbered(20));
   CHECK(!published.read(4, call));
   CHECK(published.read(20, call) && same(call, numbered(20)));
-  const Call largest{.kind = Kind::kOther,
+  const Call largest{.kind = Kind::kUnknown,
                      .element = Element::kBool,
                      .reduction = Reduction::kBxor,
                      .root = UINT32_MAX,
@@ -197,6 +197,15 @@ TEST(the_parts_of_a_layout_do_not_overlap) {
       for (std::size_t slot = 0; slot < fastddp::shm::kSlots; ++slot) {
         CHECK(layout.slot(i, slot) >= end && (layout.slot(i, slot) - memory.data()) % 64 == 0);
         end = layout.slot(i, slot) + fastddp::shm::kSlotBytes;
+      }
+    }
+    for (std::size_t i = 0; i < ranks; ++i) {
+      for (std::size_t peer = 0; peer < ranks; ++peer) {
+        for (const auto which : {fastddp::shm::End::kSender, fastddp::shm::End::kReceiver}) {
+          const auto* log = reinterpret_cast<const char*>(&layout.messages(i, peer, which));
+          CHECK(log >= end && (log - memory.data()) % 64 == 0);
+          end = log + sizeof(fastddp::shm::MessageLog);
+        }
       }
     }
     CHECK(end == memory.data() + memory.size());

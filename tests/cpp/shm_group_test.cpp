@@ -1,8 +1,10 @@
 // How groups go in step and how they fail; ranks are threads.
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <set>
 #include <string>
 #include <thread>
@@ -10,6 +12,7 @@
 
 #include "check.h"
 #include "shm/error.h"
+#include "shm/label.h"
 #include "shm_ranks.h"
 
 using fastddp::Element;
@@ -17,6 +20,7 @@ using fastddp::Reduction;
 using fastddp::shm::Error;
 using fastddp::shm::kCallsKept;
 using fastddp::shm::Kind;
+using fastddp::shm::Label;
 using fastddp::shm::Operand;
 using fastddp::shm::Time;
 using ranks::has;
@@ -119,6 +123,83 @@ TEST(ranks_that_differ_in_the_root_all_hear_of_it) {
         rank.collectives.broadcast({data, kNumel, Element::kFloat32}, 1, soon());
       },
       "broadcast with root 1 of 5000 float32");
+}
+
+TEST(ranks_that_reduce_for_different_owners_all_hear_of_it) {
+  fastddp::shm::name_owner(71, "model 'Critic' (the first one wrapped)");
+  fastddp::shm::name_owner(72, "model 'Critic' (the second one wrapped)");
+  const Action even = [](Rank& rank, float* data) {
+    const Label label(Label::of(71, 2));
+    sum_of(rank, data, kNumel);
+  };
+  check_mismatch(
+      even, "all_reduce of 5000 float32, sum, for bucket 2 of model 'Critic' (the first",
+      [](Rank& rank, float* data) {
+        const Label label(Label::of(72, 2));
+        sum_of(rank, data, kNumel);
+      },
+      "all_reduce of 5000 float32, sum, for bucket 2 of model 'Critic' (the second");
+  check_mismatch(
+      even, "all_reduce of 5000 float32, sum, for bucket 2 of",
+      [](Rank& rank, float* data) {
+        const Label label(Label::of(71, 3));
+        sum_of(rank, data, kNumel);
+      },
+      "all_reduce of 5000 float32, sum, for bucket 3 of");
+  check_mismatch(
+      even, "all_reduce of 5000 float32, sum, for bucket 2 of",
+      [](Rank& rank, float* data) { sum_of(rank, data, kNumel); },
+      "all_reduce of 5000 float32, sum, for the script itself");
+}
+
+TEST(ranks_that_reduce_for_different_owners_hear_what_to_do) {
+  const auto errors_of = [](std::uint64_t first, std::uint64_t second) {
+    return run_threads(2, [&](Rank& rank) {
+      const Label label(rank.me == 0 ? first : second);
+      float value = 1;
+      sum_of(rank, &value, 1);
+    });
+  };
+  const std::string hint = "must be built and run in the same order on all ranks";
+  for (const std::string& error : errors_of(Label::of(1, 0), Label::of(2, 0)))
+    CHECK(has(error, hint));
+  for (const std::string& error : errors_of(Label::of(1, 0), Label::of(1, 1)))
+    CHECK(!has(error, hint));
+  for (const std::string& error : errors_of(Label::of(1, 0), 0)) CHECK(!has(error, hint));
+  ranks::check_none(errors_of(Label::of(3, 1), Label::of(3, 1)));
+}
+
+TEST(labels_end_with_their_scope_and_are_a_threads_own) {
+  CHECK(Label::current() == 0);
+  {
+    const Label outer(Label::of(1, 2));
+    {
+      const Label inner(Label::of(3, 4));
+      CHECK(Label::current() == Label::of(3, 4));
+      std::thread([] { CHECK(Label::current() == 0); }).join();
+    }
+    CHECK(Label::current() == Label::of(1, 2));
+    CHECK(Label::set(7) == Label::of(1, 2));
+  }
+  CHECK(Label::current() == 0);
+}
+
+TEST(owners_are_named_in_short_and_the_oldest_forgotten) {
+  using fastddp::shm::describe_label;
+  using fastddp::shm::kOwnersKept;
+  using fastddp::shm::name_owner;
+  name_owner(5, "model 'A'");
+  CHECK(describe_label(Label::of(5)) == "model 'A'");
+  CHECK(describe_label(Label::of(5, 0)) == "bucket 0 of model 'A'");
+  CHECK(describe_label(0) == "the script itself");
+  CHECK(describe_label(Label::of(6, 1)) == "bucket 1 of the wrapped model number 6");
+  std::string accents;  // two bytes each, after one
+  for (int i = 0; i < 300; ++i) accents += "\u00e9";
+  name_owner(5, "a" + accents);
+  CHECK(describe_label(Label::of(5)) == "a" + accents.substr(0, 198) + "...");
+  for (std::uint32_t owner = 1000; owner < 1000 + kOwnersKept; ++owner) name_owner(owner, "one");
+  CHECK(describe_label(Label::of(5)) == "the wrapped model number 5");
+  CHECK(describe_label(Label::of(1000)) == "one");
 }
 
 TEST(one_that_hands_on_what_the_others_do_here_is_found_out) {
@@ -315,6 +396,209 @@ TEST(a_deadline_that_has_passed_does_not_matter_to_those_who_need_not_wait) {
     there = true;
     rank.group.await_all(step);
   }));
+}
+
+// ---- a neighbour that writes what it should not ------------------------------------------
+
+TEST(a_place_outside_of_a_heap_is_refused_before_it_is_read_or_written) {
+  const fastddp::shm::Heap& heap = fastddp::shm::Heap::mine();
+  const std::uint64_t bytes = kNumel * sizeof(float);
+  for (const std::uint64_t place :
+       {heap.size() - bytes + 4, heap.size(), heap.size() + (1u << 20), ~std::uint64_t{0} - 3,
+        ~std::uint64_t{0} - bytes, heap.size() - bytes - 2}) {
+    for (const Kind kind : {Kind::kAllReduce, Kind::kAllGather, Kind::kBroadcast}) {
+      const auto errors = run_threads(2, [&](Rank& rank) {
+        if (rank.me == 1) {
+          rank.group.begin(
+              {.kind = kind, .element = Element::kFloat32, .numel = kNumel, .operand = place},
+              soon());
+          rank.group.await_all(rank.group.advance());
+          return rank.group.await_all(rank.group.advance());
+        }
+        auto* const data = static_cast<float*>(fastddp::shm::Heap::mine().allocate(bytes));
+        std::fill(data, data + kNumel, 1.0f);
+        const Operand mine{data, kNumel, Element::kFloat32};
+        std::vector<float> others(kNumel);
+        void* const outputs[] = {data, others.data()};
+        try {
+          if (kind == Kind::kAllReduce)
+            rank.collectives.all_reduce(mine, Reduction::kSum, 1, soon());
+          if (kind == Kind::kAllGather) rank.collectives.all_gather(mine, outputs, soon());
+          if (kind == Kind::kBroadcast) rank.collectives.broadcast(mine, 1, soon());
+        } catch (const Error&) {
+          CHECK(std::all_of(data, data + kNumel, [](float value) { return value == 1.0f; }));
+          throw;
+        }
+      });
+      if (kind == Kind::kBroadcast) {
+        CHECK(has(errors[0], "do not agree"));  // its root is another one
+      } else {
+        for (const std::string& error : errors)
+          CHECK(has(error, "rank 1 announced 20000 bytes at offset " + std::to_string(place)));
+      }
+    }
+  }
+}
+
+TEST(a_block_for_all_ranks_must_fit_as_a_whole) {
+  const fastddp::shm::Heap& heap = fastddp::shm::Heap::mine();
+  const std::uint64_t bytes = kNumel * sizeof(float);
+  const auto errors = run_threads(2, [&](Rank& rank) {
+    if (rank.me == 1) {
+      rank.group.begin({.kind = Kind::kReduceScatter,
+                        .element = Element::kFloat32,
+                        .numel = kNumel,
+                        .operand = heap.size() - bytes},
+                       soon());
+      rank.group.await_all(rank.group.advance());
+      return rank.group.await_all(rank.group.advance());
+    }
+    std::vector<float> output(kNumel);
+    auto* const block = static_cast<float*>(fastddp::shm::Heap::mine().allocate(2 * bytes));
+    void* const inputs[] = {block, block + kNumel};
+    rank.collectives.reduce_scatter({output.data(), kNumel, Element::kFloat32}, inputs, block,
+                                    Reduction::kSum, 1, soon());
+  });
+  for (const std::string& error : errors) CHECK(has(error, "rank 1 announced 40000 bytes"));
+}
+
+TEST(pieces_are_for_what_crosses_hosts_only) {
+  const std::size_t staging = fastddp::shm::kStagedPieces * fastddp::shm::kPieceBytes;
+  const std::size_t numel = staging;  // of four bytes: more than there is room for
+  auto& heap = fastddp::shm::Heap::mine();
+  auto* const pieces = static_cast<char*>(heap.allocate(staging));
+  const auto errors = run_threads(2, [&](Rank& rank) {
+    if (rank.me == 1) {
+      rank.group.begin({.kind = Kind::kAllReduce,
+                        .element = Element::kFloat32,
+                        .numel = numel,
+                        .operand = static_cast<std::uint64_t>(pieces - heap.data()),
+                        .staged = true},
+                       soon());
+      rank.group.await_all(rank.group.advance());
+      return rank.group.await_all(rank.group.advance());
+    }
+    auto* const data = static_cast<float*>(heap.allocate(numel * sizeof(float)));
+    rank.collectives.all_reduce({data, numel, Element::kFloat32}, Reduction::kSum, 1, soon());
+  });
+  for (const std::string& error : errors)
+    CHECK(has(error, "rank 1 announced " + std::to_string(staging) + " bytes for pieces"));
+}
+
+// Never called: who is asked to cross has found nothing wrong.
+class Nowhere final : public fastddp::shm::CrossHosts {
+ public:
+  void compare(const fastddp::shm::Call&) override { CHECK(false); }
+  void start(void*, std::size_t) override { CHECK(false); }
+  void finish() override { CHECK(false); }
+};
+
+TEST(what_crosses_hosts_has_to_lie_in_heaps) {
+  auto& heap = fastddp::shm::Heap::mine();
+  const auto errors = run_threads(2, [&](Rank& rank) {
+    if (rank.me == 1) {
+      rank.group.begin({.kind = Kind::kAllReduce, .element = Element::kFloat32, .numel = kNumel},
+                       soon());
+      rank.group.await_all(rank.group.advance());
+      return rank.group.await_all(rank.group.advance());
+    }
+    auto* const data = static_cast<float*>(heap.allocate(kNumel * sizeof(float)));
+    Nowhere nowhere;
+    rank.collectives.all_reduce_across({data, kNumel, Element::kFloat32}, Reduction::kSum, 1, 1,
+                                       nowhere, nullptr, soon());
+  });
+  for (const std::string& error : errors)
+    CHECK(has(error, "rank 1 announced 20000 bytes outside of its heap"));
+}
+
+TEST(kinds_types_and_texts_that_mean_nothing_are_an_error) {
+  const fastddp::shm::Call garbage[] = {
+      {.kind = static_cast<Kind>(200), .numel = 1},
+      {.kind = Kind::kAllReduce, .element = static_cast<Element>(99), .numel = 1},
+      {.kind = Kind::kAllReduce,
+       .element = Element::kFloat32,
+       .reduction = static_cast<Reduction>(77),
+       .numel = 1},
+      {.kind = Kind::kAllReduce,
+       .element = Element::kFloat32,
+       .type = {'\x01', '\xff', 'x'},
+       .numel = 1},
+  };
+  for (const fastddp::shm::Call& call : garbage) {
+    const auto errors = run_threads(2, [&](Rank& rank) {
+      float value = 1;
+      if (rank.me == 0) return sum_of(rank, &value, 1);
+      rank.group.begin(call, soon());
+      rank.group.await_all(rank.group.advance());
+    });
+    for (const std::string& error : errors) CHECK(has(error, "do not agree"));
+  }
+}
+
+TEST(a_verdict_without_an_end_is_read_no_further_than_it_goes) {
+  const auto control = ranks::make_control(1);
+  const fastddp::shm::Layout layout(control.data(), 1);
+  const auto process = std::make_shared<const fastddp::shm::Process>(::getpid());
+  fastddp::shm::Heap& heap = fastddp::shm::Heap::mine();
+  fastddp::shm::Group group(layout, {{0, heap.data(), heap.size(), process}}, 0);
+  auto& verdict = layout.header().verdict;
+  verdict.text.fill('x');
+  verdict.is = fastddp::shm::Verdict::Is::kWritten;
+  try {
+    group.check();
+    CHECK(false);
+  } catch (const Error& error) {
+    CHECK(has(error.what(), std::string(verdict.text.size(), 'x')));
+    CHECK(!has(error.what(), std::string(verdict.text.size() + 1, 'x')));
+  }
+}
+
+TEST(a_length_beyond_its_slot_is_read_no_further_than_it_goes) {
+  const auto errors = run_threads(2, [](Rank& rank) {
+    rank.collectives.begin_elsewhere(Kind::kGather, 0, soon());
+    if (rank.me == 1) {
+      const std::size_t slot = rank.group.claim_slot();
+      std::memset(rank.group.slot(1, slot), 0xFF, sizeof(std::uint64_t));
+      rank.group.await_all(rank.group.advance());
+      return;
+    }
+    const auto all = rank.collectives.exchange("mine");
+    CHECK(all[0] == "mine");
+    CHECK(all[1].size() == fastddp::shm::kSlotBytes - sizeof(std::uint64_t));
+  });
+  ranks::check_none(errors);
+}
+
+// ---- what else may be wrong ---------------------------------------------------------------
+
+TEST(ranks_exchange_texts_of_any_length) {
+  ranks::check_none(run_threads(3, [](Rank& rank) {
+    for (const std::size_t length : {0u, 1u, 1000u, 100000u}) {
+      rank.collectives.begin_elsewhere(Kind::kAllToAll, 0, soon());
+      for (int turn = 0; turn < 2; ++turn) {
+        const auto all = rank.collectives.exchange(
+            std::string(length + rank.me, static_cast<char>('a' + rank.me + turn)));
+        for (std::size_t i = 0; i < 3; ++i)
+          CHECK(all[i] == std::string(length + i, static_cast<char>('a' + i + turn)));
+      }
+    }
+  }));
+}
+
+TEST(only_the_block_of_a_failed_collective_is_retired) {
+  auto& heap = fastddp::shm::Heap::mine();
+  const std::uint64_t bytes = kNumel * sizeof(float);
+  auto* const used = static_cast<float*>(heap.allocate(bytes));
+  void* const other = heap.allocate(bytes);
+  const auto errors = run_threads(2, [&](Rank& rank) {
+    if (rank.me == 1) return rank.group.abort("enough");
+    sum_of(rank, used, kNumel);
+  });
+  CHECK(has(errors[0], "enough"));
+  heap.free(other);
+  CHECK(heap.allocate(bytes) == other);
+  heap.free(used);
+  CHECK(heap.allocate(bytes) != used);
 }
 
 TEST(a_reduction_that_does_not_exist_is_refused_before_it_begins) {

@@ -84,6 +84,36 @@ TEST(blocks_are_aligned_zeroed_and_apart) {
   CHECK(Heap::mine().used() == 0);
 }
 
+TEST(pages_that_are_kept_come_back_zeroed_and_go_in_the_end) {
+  Heap& heap = Heap::mine();
+  const std::size_t before = resident_bytes();
+  std::vector<char*> blocks;
+  for (const std::size_t pages : {3, 1, 4, 1, 5}) {
+    blocks.push_back(allocate(pages * page()));
+    std::memset(blocks.back(), 7, pages * page());
+  }
+  const std::size_t filled = resident_bytes();
+  CHECK(filled >= before + 14 * page());
+  {
+    const Heap::KeepsPages keeps(heap);
+    std::vector<char*> others;
+    for (char* block : blocks) heap.free(block);
+    CHECK(resident_bytes() == filled);
+    for (const std::size_t pages : {2, 6, 4}) {  // that cut through those before
+      others.push_back(allocate(pages * page()));
+      CHECK(is_zero(others.back(), pages * page()));
+      std::memset(others.back(), 9, pages * page());
+    }
+    CHECK(resident_bytes() == filled);
+    heap.free(others[1]);
+    char* again = allocate(5 * page());
+    CHECK(is_zero(again, 5 * page()));
+    for (char* block : {others[0], again, others[2]}) heap.free(block);
+    CHECK(heap.used() == 0);
+  }
+  CHECK(resident_bytes() <= before);
+}
+
 TEST(freed_neighbours_become_one_hole_in_whatever_order) {
   std::vector<std::size_t> order{0, 1, 2, 3};
   do {
@@ -165,7 +195,13 @@ TEST(retired_blocks_give_memory_back_but_are_not_used_again) {
     Heap::mine().free(before);
     char* const block = allocate(page());
     CHECK(block == before);
-    Heap::mine().retire_freed_blocks();
+    char* const other = allocate(page());
+    Heap::mine().retire(static_cast<std::uint64_t>(block - Heap::mine().data()) + 7);
+    Heap::mine().retire(Heap::mine().size() - 1);  // in no block
+    // Only that one: others are used again.
+    Heap::mine().free(other);
+    CHECK(allocate(page()) == other);
+    Heap::mine().free(other);
     block[0] = 1;
     const std::size_t resident = resident_bytes();
     Heap::mine().free(block);

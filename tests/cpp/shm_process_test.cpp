@@ -212,6 +212,22 @@ TEST(a_mismatch_is_told_in_every_process) {
   }
 }
 
+TEST(a_process_is_opened_once_however_many_groups_it_is_in) {
+  Processes processes(2, [](Rank& rank, Board& board) {
+    const fastddp::shm::Address& peer = board.heaps[1 - rank.me];
+    const auto before = ranks::count_open_files();  // the group of this test has it open
+    const auto first = fastddp::shm::process_of(peer);
+    const auto second = fastddp::shm::process_of(peer);
+    CHECK(first == second && ranks::count_open_files() == before);
+    // Of the same number, but another process: it had another heap.
+    fastddp::shm::Address other = peer;
+    other.nonce.low ^= 1;
+    CHECK(fastddp::shm::process_of(other) != first);
+    rank.collectives.barrier(soon());
+  });
+  ranks::check_none(processes.errors());
+}
+
 TEST(nothing_is_left_open_in_a_process) {
   Processes processes(2, [](Rank& rank, Board& board) {
     const auto before = ranks::count_open_files();
@@ -219,7 +235,7 @@ TEST(nothing_is_left_open_in_a_process) {
       const fastddp::shm::Segment control = ranks::make_control(1);
       const auto heap = fastddp::shm::open_peer_heap(board.heaps[rank.me]);
       const auto process = std::make_shared<const fastddp::shm::Process>(::getpid());
-      fastddp::shm::Group group({control.data(), 1}, {{0, heap->data(), process}}, 0);
+      fastddp::shm::Group group({control.data(), 1}, {{0, heap->data(), heap->size(), process}}, 0);
       fastddp::shm::Collectives(group).barrier(soon());
       rank.collectives.barrier(soon());
     }

@@ -82,7 +82,8 @@ inline std::vector<std::string> run_threads(std::size_t ranks, const Body& body)
   const auto process = std::make_shared<const shm::Process>(::getpid());
   std::vector<shm::Member> members;
   for (std::size_t i = 0; i < ranks; ++i)
-    members.push_back({static_cast<int>(i), shm::Heap::mine().data(), process});
+    members.push_back(
+        {static_cast<int>(i), shm::Heap::mine().data(), shm::Heap::mine().size(), process});
   std::vector<std::string> errors(ranks);
   std::vector<std::thread> threads;
   for (std::size_t me = 0; me < ranks; ++me) {
@@ -188,9 +189,10 @@ class Processes {
       std::vector<shm::Member> members;
       std::vector<std::shared_ptr<const shm::Segment>> heaps;
       for (std::size_t i = 0; i < ranks; ++i) {
-        const auto process = std::make_shared<const shm::Process>(board_->heaps[i].pid);
+        const auto process = shm::process_of(board_->heaps[i]);
         heaps.push_back(shm::open_peer_heap(board_->heaps[i]));
-        members.push_back({static_cast<int>(i), heaps.back()->data(), process});
+        members.push_back(
+            {static_cast<int>(i), heaps.back()->data(), heaps.back()->size(), process});
       }
       const shm::Segment control = shm::Segment::open(board_->control);
       meet(2 * ranks);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastddp import shm
+from fastddp.comm import shm
 from tests.conftest import require_native
 
 

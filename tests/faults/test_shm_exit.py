@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fastddp
-from fastddp import shm
+from fastddp.comm import shm
 from tests.ranks import Died, init_group, run_ranks
 
 pytestmark = pytest.mark.usefixtures("needs_shm")

@@ -53,6 +53,24 @@ def as_another_process(end: Callable[[], None]) -> None:
     os._exit(int(status or 0))
 
 
+def _first_cause(rank: int, world_size: int) -> str | None:
+    """Rank 2 is killed, rank 1 ends over that, and rank 0 waits for a message of rank 1's."""
+    init_group("shm", 40)
+    dist.barrier()
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1:
+        as_another_process(lambda: dist.recv(torch.ones(9), 2))
+    with pytest.raises(RuntimeError) as caught:
+        dist.recv(torch.ones(9), 1)
+    return str(caught.value)
+
+
+def test_who_waits_for_a_rank_that_ended_over_another_hears_of_that_one() -> None:
+    message = run_ranks(_first_cause, 3, init_group=False, expect_dead=[1, 2])[0]
+    assert re.search(r"failed: rank 2 \(process \d+\) was killed by signal 9", message), message
+
+
 def end_normally() -> None:
     """Just returns."""
 
@@ -102,7 +120,7 @@ def _lose_the_last(rank: int, world_size: int, way: str, end: Callable[[], None]
 def test_the_others_are_told_how_a_rank_ended(way: str, end: Callable[[], None]) -> None:
     for message in run_ranks(_lose_the_last, 3, way, end, init_group=False, expect_dead=[2])[:2]:
         assert re.search(
-            rf"collective \d+ \(all_reduce of \d+ float32, \w+\) failed: rank 2 \(process \d+\) "
+            rf"collective \d+ \(all_reduce of \d+ float32, \w+.*\) failed: rank 2 \(process \d+\) "
             rf"(exited with status {ENDS[end]}|has ended) before it took part",
             message,
         ), message
@@ -202,7 +220,7 @@ def _pid_of(rank: int) -> int:
 def test_a_stopped_rank_runs_into_the_timeout_and_raises_when_it_goes_on(way: str) -> None:
     for rank, message in enumerate(run_ranks(_stop_one, 3, way, init_group=False)):
         assert re.search(
-            rf"fastddp: rank {rank}: collective \d+ \(all_reduce of \d+ float32, \w+\) failed: "
+            rf"fastddp: rank {rank}: collective \d+ \(all_reduce of \d+ float32, \w+.*\) failed: "
             r"timed out: rank 1 \(process \d+\) is stopped and has not called it",
             message,
         ), message

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 import fastddp
-from fastddp import extension, shm
+from fastddp import extension
+from fastddp.comm import shm
 from tests.faults import mounts
 from tests.ranks import init_group, run_ranks
 

@@ -7,13 +7,14 @@ import gc
 import re
 import threading
 import time
+import warnings
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import fastddp  # noqa: F401  # registers the backend
+from fastddp.comm import shm
 from tests.faults.holdings import Holdings, destroy
 from tests.ranks import init_group, run_ranks, scratch_folder
 
@@ -40,6 +41,16 @@ def say(name: str) -> None:
     (scratch_folder() / name).touch()
 
 
+def set_pg_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    """Set a group's timeout by torch's own function, public or, before 2.14, not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, that it is only supported by gloo
+        if hasattr(dist, "set_timeout"):
+            dist.set_timeout(timeout, group)
+        else:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def _time_out(rank: int, world_size: int, where: str, in_background: bool) -> str | None:
     init_group("shm", 0.5 if where == "init" else 40)
     group = dist.new_group(backend="shm", timeout=SHORT) if where == "new_group" else None
@@ -55,6 +66,8 @@ def _time_out(rank: int, world_size: int, where: str, in_background: bool) -> st
         options.timeout = SHORT
     if where == "set_timeout":
         group.set_timeout(SHORT)
+    if where == "set_pg_timeout":
+        set_pg_timeout(SHORT, group)
     began = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
         group.allreduce([tensor], options).wait()
@@ -64,10 +77,44 @@ def _time_out(rank: int, world_size: int, where: str, in_background: bool) -> st
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["foreground", "background"])
-@pytest.mark.parametrize("where", ["init", "new_group", "call", "set_timeout"])
+@pytest.mark.parametrize("where", ["init", "new_group", "call", "set_timeout", "set_pg_timeout"])
 def test_a_timeout_wherever_it_is_set(where: str, in_background: bool) -> None:
     message = run_ranks(_time_out, 2, where, in_background, init_group=False)[0]
     assert re.match(TIMED_OUT, message), message
+
+
+def _later_timeouts(rank: int, world_size: int) -> list[str]:
+    """Of what gloo carries out, and of a group that shares its memory behind a gloo group."""
+    init_group("gloo", 40)
+    behind = shm.counterpart(dist.group.WORLD, CPU)
+    assert behind is not dist.group.WORLD
+    groups = [dist.new_group(backend="shm"), behind]
+    set_pg_timeout(SHORT, groups[0])
+    set_pg_timeout(SHORT, dist.group.WORLD)  # gloo's own, so that of both
+    if rank == 1:
+        wait_for("told")
+        return []
+    options = dist.ReduceOptions()
+    messages = []
+    for group in groups:
+        for call in (
+            lambda group=group: group.allreduce([torch.ones(9)]),
+            lambda group=group: group.reduce([torch.ones(9)], options),
+        ):
+            began = time.monotonic()
+            with pytest.raises(RuntimeError) as caught:
+                call().wait()
+            assert time.monotonic() - began < 0.5 + MARGIN_S
+            messages.append(str(caught.value))
+    say("told")
+    return messages
+
+
+def test_a_timeout_that_is_set_later_holds_whoever_carries_it_out() -> None:
+    messages = run_ranks(_later_timeouts, 2, init_group=False)[0]
+    assert len(messages) == 4
+    for message in messages:
+        assert "timed out: rank 1 (process" in message, message
 
 
 def _give_up_waiting(rank: int, world_size: int) -> None:
@@ -89,6 +136,27 @@ def _give_up_waiting(rank: int, world_size: int) -> None:
 
 def test_who_gives_up_waiting_can_wait_again() -> None:
     run_ranks(_give_up_waiting, 2, init_group=False)
+
+
+def _register_again(rank: int, world_size: int) -> None:
+    """As on import, with a torch that has less of what is private."""
+    c10d = dist.distributed_c10d
+    old, world = c10d._set_pg_timeout, c10d._world
+    try:
+        dist.set_timeout = object()
+        shm._follow_timeouts()
+        assert c10d._set_pg_timeout is old, "torch's own function reaches shm"
+        del dist.set_timeout, c10d._set_pg_timeout
+        shm._follow_timeouts()
+        assert not hasattr(c10d, "_set_pg_timeout")
+        del c10d._world
+        shm._end_pending()
+    finally:
+        c10d._set_pg_timeout, c10d._world = old, world
+
+
+def test_a_torch_without_its_private_names_is_no_error() -> None:
+    run_ranks(_register_again, 1)
 
 
 # ---- abort -------------------------------------------------------------------------------
@@ -130,6 +198,35 @@ def test_abort_from_another_thread(in_background: bool) -> None:
 
 
 # ---- destroy -----------------------------------------------------------------------------
+
+
+def _destroy_while_a_callback_runs(rank: int, world_size: int) -> None:
+    init_group("shm", 3.0)
+    if rank == 1:
+        wait_for("chained")  # what is chained to a finished collective runs in the caller
+        dist.all_reduce(torch.ones(9))
+        wait_for("destroyed")
+        return
+    entered, may_end, ended = (threading.Event() for _ in range(3))
+
+    def chained(future: torch.futures.Future) -> None:
+        entered.set()
+        may_end.wait(60)
+        ended.set()
+
+    future = dist.all_reduce(torch.ones(9), async_op=True).get_future().then(chained)
+    say("chained")
+    assert entered.wait(20)
+    dist.destroy_process_group()
+    say("destroyed")
+    assert not ended.is_set()
+    may_end.set()  # the thread that was left behind goes on, and ends
+    future.wait()
+    assert ended.is_set()
+
+
+def test_destroy_does_not_wait_for_a_callback_for_ever() -> None:
+    run_ranks(_destroy_while_a_callback_runs, 2, init_group=False)
 
 
 def _destroy_while_pending(rank: int, world_size: int) -> str | None:

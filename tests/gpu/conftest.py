@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from fastddp.replica import Replica
+from fastddp.ddp.replica import Replica
 from tests.gpu.common import BACKEND, DEVICE
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastddp
-from fastddp import replicate
-from fastddp.replicate import _buckets
+from fastddp.data_parallel import replicate
+from fastddp.data_parallel.replicate import _buckets
 from tests.gpu.common import ONE_GPU, TWO_GPUS, Late, delay, device_events, other_streams
 from tests.models import CASES, loss_of
 

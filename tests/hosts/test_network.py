@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 import fastddp
-from benchmarks import namespaces
-from benchmarks.namespaces import Host
+from benchmarks.common import namespaces
+from benchmarks.common.namespaces import Host
 from tests.hosts.common import allocate, backend_of, error_of, given, reduced
 from tests.ranks import Died, run_ranks
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fastddp
-from fastddp import shm
+from fastddp.comm import shm
 from tests.hosts.common import CPU, backend_of, run_on_hosts
 
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastddp
-from fastddp.scatter import gather, scatter
-from fastddp.workers import Workers
+from fastddp.data_parallel.scatter import gather, scatter
+from fastddp.data_parallel.workers import Workers
 from tests.models import CASES, ConvNet, loss_of
 from tests.parity.checks import assert_same_bits, bits, gradients
 
@@ -1081,3 +1081,14 @@ def test_unfit_arguments_are_refused(
 ) -> None:
     with pytest.raises(kind, match=message):
         fastddp.DataParallel(module, device_ids)
+
+
+def test_what_is_wrapped_for_several_processes_gets_no_replicas() -> None:
+    wrapped = fastddp.wrap(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"the module is wrapped.*Transparent.*\.module"):
+        fastddp.DataParallel(wrapped, TWO)
+    with pytest.raises(ValueError, match=r"its submodule '1' is wrapped.*\.module"):
+        fastddp.DataParallel(nn.Sequential(nn.Tanh(), wrapped), TWO)
+    x = torch.ones(4, 1)
+    for module, devices in ((wrapped, ["cpu"]), (wrapped.module, TWO)):
+        assert torch.equal(fastddp.DataParallel(module, devices)(x), wrapped(x))

@@ -19,9 +19,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddp
-from fastddp import replicate
-from fastddp.packing import ALIGN_BYTES, Layout, Packing
-from fastddp.replicate import Replicator, _behind, _buckets, _Fan, fused_copies
+from fastddp.data_parallel import replicate
+from fastddp.data_parallel.packing import ALIGN_BYTES, Layout, Packing
+from fastddp.data_parallel.replicate import Replicator, _behind, _buckets, _Fan, fused_copies
 from tests.models import CASES, ConvNet, loss_of
 from tests.parity.test_data_parallel import Call, Scale, assert_bits_of_pieces
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 
 import pytest
@@ -138,6 +139,42 @@ def _decided_at_forward(rank: int, world_size: int, engine: str) -> str:
 
 def test_in_the_context_the_forward_decides(engine: str) -> None:
     assert len(set(run_ranks(_decided_at_forward, 2, engine))) == 1
+
+
+def _evaluating(rank: int, world_size: int, engine: str) -> str:
+    """Those that still have inputs run a forward without grad mode, too, between the others."""
+    model = fastddp.wrap(_build(True), engine=engine)
+    with model.join():
+        for step in range(2 + 3 * rank):
+            model.zero_grad()
+            model(_inputs(rank, step)).sum().backward()
+            with torch.no_grad():
+                model(_inputs(rank, 50 + step))
+    assert model.stats().rounds == 2 + 3 * (world_size - 1)
+    return digest(dict(model.state_dict()))
+
+
+def test_evaluation_in_the_context(engine: str) -> None:
+    assert len(set(run_ranks(_evaluating, 2, engine))) == 1
+
+
+def _copied(rank: int, world_size: int, engine: str, data: bytes) -> str:
+    """Its ranks have yet to meet in shared memory, and one of them has run out before that."""
+    model = pickle.loads(data)
+    with model.join():
+        for step in range(3 * rank):
+            model.zero_grad()
+            model(_inputs(rank, step)).sum().backward()
+    return digest(dict(model.state_dict()))
+
+
+def _pickled(rank: int, world_size: int, engine: str) -> bytes:
+    return pickle.dumps(fastddp.wrap(_build(True), engine=engine))
+
+
+def test_a_copy_in_the_context(engine: str) -> None:
+    data = run_ranks(_pickled, 2, engine)[0]
+    assert len(set(run_ranks(_copied, 2, engine, data))) == 1
 
 
 def _early_termination(rank: int, world_size: int, engine: str) -> int:

@@ -1,12 +1,17 @@
-"""The three ways to start, and that a script ends in whatever order it takes things down."""
+"""The ways to start, and that a script ends in whatever order it takes things down."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fastddp
+from fastddp.comm import launch
 from tests import ranks
 from tests.conftest import require_native
 from tests.models import Ladder, ladder_x, mean_x
@@ -62,10 +68,10 @@ def _environment() -> dict[str, str]:
     return environ
 
 
-def _run(arguments: list[str], tmp_path: Path) -> dict[int, Any]:
+def _run(arguments: list[str], tmp_path: Path, launcher: Sequence[str] = ()) -> dict[int, Any]:
     """Run Python; a script that does not end is killed by the timeout, which fails the test."""
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [*launcher, sys.executable, *arguments],
         cwd=tmp_path,
         env=_environment(),
         capture_output=True,
@@ -135,6 +141,181 @@ def _one_rank_environment(rank: int, world_size: int, engine: str) -> tuple[bool
 def test_a_launcher_that_starts_one_rank(engine: str) -> None:
     env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     assert run_ranks(_one_rank_environment, 1, engine, env=env, init_group=False) == [(True, 1)]
+
+
+def _place(launcher: str, rank: int, world_size: int, job: str) -> dict[str, str]:
+    """What a launcher sets in a rank, all on one host."""
+    if launcher == "Open MPI":
+        return {
+            "OMPI_COMM_WORLD_RANK": str(rank),
+            "OMPI_COMM_WORLD_SIZE": str(world_size),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+            "OMPI_COMM_WORLD_LOCAL_SIZE": str(world_size),
+            "PMIX_NAMESPACE": job,
+        }
+    assert launcher == "Slurm"
+    return {
+        "SLURM_JOB_ID": job,
+        "SLURM_JOB_NODELIST": "elsewhere,localhost",
+        "SLURM_NTASKS": "64",  # of the job: one step need not use all
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": str(world_size),
+        "SLURM_STEP_NODELIST": "localhost",  # found by name: the number of hosts is not given
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+    }
+
+
+def _launched_by(rank: int, world_size: int, launcher: str, engine: str, job: str) -> list[Any]:
+    os.environ.update(_place(launcher, rank, world_size, job))
+    ours = fastddp.wrap(Ladder(), engine=engine)
+    for step in range(3):
+        ours.zero_grad()
+        ours(ladder_x(rank, step, world_size)).backward()
+        assert_ladder(ours.module, mean_x(step, world_size), step)
+    found = [dist.get_rank(), dist.get_world_size(), dist.get_backend()]
+    del ours
+    dist.destroy_process_group()
+    # Another one, also when this rank is there before rank 0 has left the first.
+    fastddp.init_process_group("gloo", timeout=timedelta(seconds=30))
+    total = torch.tensor([rank + 1.0])
+    dist.all_reduce(total)
+    return [*found, dist.get_backend(), total.item()]
+
+
+@pytest.mark.parametrize("launcher", ["Open MPI", "Slurm"])
+def test_ranks_of_other_launchers(launcher: str, engine: str) -> None:
+    """Nothing but its variables says who the ranks are: no rank trains a model of its own."""
+    values = run_ranks(
+        _launched_by, 2, launcher, engine, f"job-{os.getpid()}-{engine}", init_group=False
+    )
+    backend = launch.default_backend()
+    assert values == [[rank, 2, backend, "gloo", 3.0] for rank in (0, 1)]
+
+
+def _call_again(rank: int, world_size: int, job: str) -> None:
+    os.environ.update(_place("Open MPI", rank, world_size, job))
+    gave_up = ranks.scratch_folder() / "gave up"
+    for _ in range(2):
+        if rank == 0:
+            with pytest.raises(
+                RuntimeError, match=r"rank\(s\) 1, which have not come within 0.3 s"
+            ):
+                fastddp.init_process_group("gloo", timeout=timedelta(seconds=0.3))
+    if rank == 0:
+        gave_up.touch()
+    while not gave_up.exists():
+        time.sleep(0.01)
+    for nth in range(2):
+        if rank == 1 and nth == 1:
+            with pytest.raises(RuntimeError, match=r"rank 1 of 2.* has not heard from rank 0 that"):
+                fastddp.init_process_group("gloo", timeout=timedelta(seconds=0.3))
+            gave_up.unlink()
+        while rank == 0 and nth == 1 and gave_up.exists():
+            time.sleep(0.01)
+        fastddp.init_process_group("gloo", timeout=timedelta(seconds=20))
+        total = torch.tensor([rank + 1.0])
+        dist.all_reduce(total)
+        assert total.item() == 3.0
+        dist.destroy_process_group()
+
+
+def test_ranks_meet_after_one_has_called_in_vain() -> None:
+    run_ranks(_call_again, 2, f"again-{os.getpid()}", init_group=False)
+
+
+ALONE = """
+import torch, fastddp
+fastddp.wrap(torch.nn.Linear(1, 1))
+assert not torch.distributed.is_initialized()
+"""
+
+
+def _start_others(rank: int, world_size: int, job: str) -> None:
+    """A rank starts a script of its own, which inherits the launcher's variables."""
+    os.environ.update(_place("Open MPI", rank, world_size, job))
+    fastddp.init_process_group("gloo", timeout=timedelta(seconds=30))
+    command = [sys.executable, "-c", ALONE]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "FASTDDP_LAUNCHER": "1"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40)
+    said = {
+        0: r"cannot listen at 127.0.0.1:\d+; .* if rank 0 started this process, set FASTDDP_LAUNC",
+        1: rf"rank 1 of 2, started by mpirun \(Open MPI\), is 'process {os.getpid()} on .* already,"
+        r" not this 'process \d+ on .*set FASTDDP_LAUNCHER=0",
+    }
+    assert done.returncode != 0
+    assert re.search(said[rank], done.stderr), done.stderr
+    environ["FASTDDP_LAUNCHER"] = "0"
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 0, done.stderr
+    total = torch.tensor([rank + 1.0])
+    dist.all_reduce(total)  # the ranks' own group is as it was
+    assert total.item() == 3.0
+
+
+def test_what_a_rank_starts_is_no_rank() -> None:
+    run_ranks(_start_others, 2, f"others-{os.getpid()}", init_group=False)
+
+
+ONE_OF_TWO = """
+import sys, time, torch, fastddp
+import torch.distributed as dist
+fastddp.init_process_group("gloo")
+total = torch.tensor([dist.get_rank() + 1.0])
+dist.all_reduce(total)
+assert total.item() == 3.0
+rank = dist.get_rank()
+dist.destroy_process_group()
+if rank == 0:
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+def _run_programs(rank: int, world_size: int, job: str) -> None:
+    """What `srun sh -c "python a.py; python b.py"` does; rank 0 of the first one ends late."""
+    environ = os.environ | _place("Open MPI", rank, world_size, job) | {"PYTHONPATH": str(ROOT)}
+    for late_s in (2, 0):
+        command = [sys.executable, "-c", ONE_OF_TWO, str(late_s)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_second_program_meets_when_the_first_has_ended() -> None:
+    run_ranks(_run_programs, 2, f"programs-{os.getpid()}", init_group=False)
+
+
+def _who(rank: int) -> list[int | None]:
+    return [dist.get_rank(), dist.get_world_size(), launch.find_local_rank()]
+
+
+def test_spawn_by_a_launcher_s_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in _place("Slurm", 3, 8, f"spawn-{os.getpid()}").items():
+        monkeypatch.setenv(name, value)
+    assert fastddp.spawn(_who, 2) == [[0, 2, 0], [1, 2, 1]]
+
+
+def _mpiexec(kind: str) -> list[str]:
+    """Returns a command that starts two ranks by an MPI of that kind; skips where there is none."""
+    for name in (str(Path(sys.executable).with_name("mpiexec")), "mpiexec", f"mpiexec.{kind}"):
+        path = shutil.which(name)
+        if path is None:
+            continue
+        version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        if kind == "openmpi" and re.search("Open ?MPI|OpenRTE|PRRTE", version, re.IGNORECASE):
+            return [path, "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+        if kind == "hydra" and "HYDRA" in version:
+            return [path, "-n", "2"]
+    pytest.skip(f"there is no mpiexec of {kind}")
+
+
+@pytest.mark.parametrize("kind", ["openmpi", "hydra"])
+def test_mpiexec(kind: str, tmp_path: Path) -> None:
+    command = _mpiexec(kind)
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    arguments = [str(script), "python", str(tmp_path), "destroy, then drop"]
+    results = _run(arguments, tmp_path, command)
+    assert results == {rank: [True, [1.0 - 27.0], [9.0]] for rank in (0, 1)}
 
 
 def _spawned(rank: int, world_size: int, store: str, engine: str, folder: str) -> None:

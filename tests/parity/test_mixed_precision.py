@@ -148,6 +148,12 @@ def _what_is_seen(rank: int, world_size: int, engine: str) -> None:
     outside = {**before, "shift": FP16}
     inside = {**outside, "inner.weight": BF16, "inner.bias": BF16, "frozen": BF16}
     assert ours.mixed_precision is mixed
+    for name, param in model.named_parameters():  # what torch's class puts there
+        assert hasattr(param, "_mp_param") == hasattr(param, "_fp_param") == (name != "kept")
+        if name != "kept":
+            assert (param._mp_param.dtype, param._mp_param.shape) == (BF16, param.shape)
+            assert param._fp_param.data_ptr() == param.data_ptr()
+            assert param._fp_param.dtype is FP32
     call = (torch.ones(4, 3), torch.tensor([0, 1]))
 
     params = list(model.parameters())

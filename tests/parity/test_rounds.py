@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastddp
-from fastddp.outputs import tensors_in
+from fastddp.device.nested import tensors_in
 from tests.ranks import run_ranks
 
 

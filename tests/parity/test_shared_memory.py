@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fastddp
+from fastddp.comm import launch, shm
 from tests import ranks
 from tests.conftest import require_native
 from tests.ranks import run_ranks
@@ -82,7 +83,7 @@ def test_engines_that_choose_for_themselves_stay_in_step() -> None:
 
 
 def _default_group(rank: int, world_size: int) -> None:
-    ranks.init_group(fastddp.launch.default_backend())
+    ranks.init_group(launch.default_backend())
     assert dist.get_backend() == "shm"
     x = torch.ones(3)
     dist.all_reduce(x)
@@ -131,10 +132,44 @@ def test_a_model_that_is_dropped_gives_its_memory_back() -> None:
         assert used == [used[0]] * 4
 
 
+class _InOrder(nn.Module):
+    """Whose gradients arrive in the order of registration, so that the second plan is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in reversed(self.layers):
+            x = layer(x)
+        return x
+
+
+def _ends_of_gradients(rank: int, world_size: int, engine: str) -> list[int]:
+    """By round, where the last of them ends in memory."""
+    model = fastddp.wrap(_InOrder(), engine=engine, bucket_cap_mb=0.05)
+    ends, plans = [], []
+    for _ in range(3):
+        model(torch.ones(2, 64)).sum().backward()
+        assert all(_lies_in_a_heap(param.grad) for param in model.parameters())
+        ends.append(max(param.grad.data_ptr() + param.grad.nbytes for param in model.parameters()))
+        plans.append(model.plan())
+        model.zero_grad()
+    assert plans[0] != plans[1]
+    return ends
+
+
+def test_the_buckets_of_the_first_plan_make_way_for_those_of_the_second(engine: str) -> None:
+    require_native()
+    for first, second, third in run_ranks(_ends_of_gradients, 2, engine):
+        assert second <= first + 8 * 4096, "a page or two for each bucket"
+        assert third == second
+
+
 def test_a_wrong_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "FASTDDP_SHM", "yes")
     with pytest.raises(ValueError, match=r"FASTDDP_SHM='yes' is not one of 0, 1"):
-        fastddp.shm.why_not()
+        shm.why_not()
 
 
 def _towers(rank: int, world_size: int, engine: str) -> None:

@@ -8,19 +8,24 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import fastddp
+from fastddp import extension
+from fastddp.comm.spawn import parent
+from fastddp.comm.spawn.mailbox import post
 from tests.models import Ladder, ladder_x, mean_x
 from tests.parity.checks import assert_ladder
 from tests.ranks import LAUNCHER_VARIABLES, PRELOAD
@@ -45,7 +50,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def fast_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forks the ranks from a server that has imported torch: seconds less a test."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
-    monkeypatch.setattr(sys.modules["fastddp.spawn"], "_START_METHOD", "forkserver")
+    monkeypatch.setattr(parent, "_START_METHOD", "forkserver")
 
 
 def children() -> set[str]:
@@ -119,7 +124,7 @@ def _odd_values(rank: int, shared: torch.Tensor, folder: str) -> Any:
     shared[rank] = rank + 1  # shared memory, as with torch's spawn
     if rank == 0:
         dist.destroy_process_group()  # a script that does its own clean-up
-        return lambda: "a local function cannot be pickled"
+        return threading.Lock()
     dist.destroy_process_group()
     Path(folder, "variables").write_text(os.environ["OMP_NUM_THREADS"])
     sys.exit(0)
@@ -144,6 +149,158 @@ def _alone(rank: int) -> tuple[int, int]:
 
 def test_one_rank():
     assert fastddp.spawn(_alone, 1) == [(0, 1)]
+
+
+def test_the_store_listens_on_loopback_alone(fast_start):
+    assert fastddp.spawn(_listeners, 2) == [["0100007F"]] * 2  # 127.0.0.1
+
+
+def _listeners(rank: int) -> list[str]:
+    """The addresses at which somebody listens on the store's port: nobody else can be there."""
+    port = int(os.environ["MASTER_PORT"])
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            address, number = line.split()[1].split(":")
+            if int(number, 16) == port and line.split()[3] == "0A":  # TCP_LISTEN
+                found.append(address)
+    return found
+
+
+# --- functions that are in no file ----------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def test_a_lambda_and_what_it_refers_to(fast_start):
+    factor, shared = torch.tensor(3.0), torch.zeros(2)
+
+    class Local(torch.nn.Linear):
+        pass
+
+    def body(rank: int, batch: Batch) -> Any:
+        batch.second[rank] = batch.first * (rank + 1)  # shared, as it is for functions of a module
+        return Local(1, 1), lambda: factor * rank
+
+    assert fastddp.spawn(lambda rank: rank * int(factor), 2) == [0, 3]
+    values = fastddp.spawn(body, 2, (Batch(factor, shared),))
+    assert shared.tolist() == [3.0, 6.0]
+    assert [type(module) for module, _ in values] == [Local, Local]
+    assert [fn().item() for _, fn in values] == [0.0, 3.0]
+
+
+NOT_IN_A_FILE = """
+import torch, torch.distributed as dist
+import fastddp
+
+class Model(torch.nn.Linear):
+    pass
+
+class BadBatch(Exception):
+    pass
+
+def train(rank):
+    for engine in ENGINES:
+        model = fastddp.wrap(Model(1, 1, bias=False), engine=engine)
+        model(torch.full((1, 1), 2.0 * (rank + 1))).backward()
+        assert model.weight.grad.item() == 3.0
+    return model.module, model.weight.grad
+
+def fail(rank):
+    raise BadBatch("at 7")
+
+values = fastddp.spawn(train, 2)
+assert [(type(model), grad.item()) for model, grad in values] == [(Model, 3.0)] * 2, values
+try:
+    fastddp.spawn(fail, 2)
+except BadBatch as error:
+    assert str(error).startswith("rank "), error
+    assert str(error).endswith(" of 2: at 7"), error
+    print("all is " + "right")
+"""
+WITHOUT_CLOUDPICKLE = """
+import sys
+sys.modules["cloudpickle"] = None
+import fastddp
+def body(rank): return rank
+try:
+    fastddp.spawn(body, 2)
+except TypeError as error:
+    print(error)
+assert fastddp.spawn(print, 1, ("travels by name",)) == [None]
+"""
+
+
+def not_in_a_file() -> str:
+    engines = ["native", "python"] if extension.load() else ["python"]
+    return NOT_IN_A_FILE.replace("ENGINES", repr(engines))
+
+
+@pytest.mark.parametrize("how", ["-c", "standard input"])
+def test_a_function_in_no_file(how, tmp_path):
+    source = not_in_a_file()
+    arguments, given = (["-c", source], "") if how == "-c" else (["-"], source)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=given,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "all is right\n"), done.stderr
+
+
+def test_a_function_in_no_file_without_cloudpickle(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_CLOUDPICKLE],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "in no file that the ranks could import" in done.stdout
+    assert "pip install cloudpickle" in done.stdout
+    assert "0 travels by name" in done.stdout
+
+
+NOTEBOOK = """
+import sys
+import jupyter_client
+
+source = sys.stdin.read()
+manager = jupyter_client.KernelManager()
+manager.kernel_spec.argv[0] = sys.executable
+manager.start_kernel()
+client = manager.client()
+try:
+    client.start_channels()
+    client.wait_for_ready(timeout=40)
+    # As cells: what one of them defines is used by the next.
+    for cell in source.split("\\n\\n"):
+        reply = client.execute_interactive(cell, timeout=50)
+        assert reply["content"]["status"] == "ok"
+finally:
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+"""
+
+
+def test_in_a_notebook(tmp_path):
+    """A real kernel."""
+    pytest.importorskip("jupyter_client")
+    pytest.importorskip("ipykernel")
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK],
+        input=not_in_a_file(),
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all is right\n" in done.stdout
 
 
 # --- a rank fails ---------------------------------------------------------------------------------
@@ -216,6 +373,34 @@ def test_a_rank_error_can_be_pickled():
     assert (str(error), error.rank, error.exit_code) == ("text", 3, -9)
 
 
+def _die_while_reporting(rank: int, folder: str) -> bytes:
+    """Rank 1 is killed when half of its report is sent; a process that it forked lives on."""
+    if rank == 1:
+        child = os.fork()
+        if child == 0:
+            time.sleep(600)
+        Path(folder, "child").write_text(str(child))
+
+        def half(line: socket.socket, message: bytes) -> None:
+            whole = bytearray()
+            post(SimpleNamespace(sendall=whole.extend), message)  # type: ignore[arg-type]
+            line.sendall(whole[: len(whole) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        parent.post = half  # type: ignore[attr-defined]
+    return bytes(10_000_000)
+
+
+def test_a_rank_that_is_killed_while_it_reports(fast_start, tmp_path):
+    try:
+        with pytest.raises(
+            fastddp.RankError, match="rank 1 of 2 was killed by SIGKILL while it se"
+        ):
+            fastddp.spawn(_die_while_reporting, 2, (str(tmp_path),), grace_s=1.0)
+    finally:
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
 def _stop_answering(rank: int) -> None:
     if rank == 0:
         time.sleep(600)
@@ -248,7 +433,6 @@ def test_an_exit_that_fails_after_the_function():
     ("options", "error", "text"),
     [
         ({"fn": 3}, TypeError, "expected a function, got int"),
-        ({"fn": lambda rank: rank}, TypeError, "by pickle; use a function of a module"),
         ({"args": (threading.Lock(),)}, TypeError, "by pickle; .*cannot pickle '_thread.lock'"),
         ({"args": 3}, TypeError, r"args=3 is no tuple; for one argument, \(argument,\)"),
         ({"nprocs": (1,)}, TypeError, r"nprocs=\(1,\) is no number. The order is spawn\(fn, nproc"),
@@ -259,6 +443,14 @@ def test_an_exit_that_fails_after_the_function():
 def test_a_call_that_cannot_work(options, error, text, fast_start):
     with pytest.raises(error, match=text):
         fastddp.spawn(**{"fn": _alone, **options})
+
+
+def test_a_lambda_without_cloudpickle(monkeypatch, fast_start):
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)  # as if not installed
+    with pytest.raises(
+        TypeError, match=r"use a function of a module and .* pip install cloudpickle"
+    ):
+        fastddp.spawn(lambda rank: rank)
 
 
 def test_more_ranks_than_gpus(monkeypatch):
@@ -272,7 +464,7 @@ def test_more_ranks_than_gpus(monkeypatch):
 # --- whole scripts --------------------------------------------------------------------------------
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 import torch.distributed as dist
 import fastddp
@@ -284,6 +476,8 @@ def body(rank, folder):
     time.sleep(600)
 
 if __name__ == "__main__":
+    # Ctrl-C is ignored by what a shell starts in the background, and nohup.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     fastddp.spawn(body, 2, (sys.argv[1],), grace_s=2.0)
 """
 FAILING = """
@@ -339,6 +533,7 @@ def test_the_ranks_end_with_the_parent(with_signal, tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
     assert parent.returncode == -number
     if number == signal.SIGINT:
         assert errors.count("Traceback") == 1  # the parent's own, and none of a rank

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -91,34 +93,46 @@ def _buffers(rank: int, world_size: int, make_name: str, engine: str) -> None:
     # As in torch: not under no_sync, nor in the first forward after it; see its require_forward_...
     theirs_model, ours_model = fresh(), fresh()
     theirs, ours = TorchDDP(theirs_model), make(ours_model, engine=engine)
-
-    def step(model: Any, sync: bool, grad: bool, train: bool) -> None:
-        model.train(train)
-        with torch.set_grad_enabled(grad):
-            if sync:
-                loss = model(float(rank + 1))
-                if grad:
-                    loss.backward()
-            else:
-                with model.no_sync():
-                    model(float(rank + 1)).backward()
-
-    for sync, grad, train in (
-        (True, True, True),
-        (False, True, True),
-        (False, True, True),
-        (True, True, True),
-        (True, True, True),
-        (True, False, False),
-        (True, False, True),
-        (True, True, True),
-        (True, True, True),
-    ):
-        step(theirs, sync, grad, train)
-        step(ours, sync, grad, train)
+    for sync in (True, False, False, True, True):
+        for wrapped in (theirs, ours):
+            with contextlib.nullcontext() if sync else wrapped.no_sync():
+                wrapped(float(rank + 1)).backward()
+            assert wrapped.require_forward_param_sync == sync
         assert_same_bits(
             dict(ours_model.named_buffers()), dict(theirs_model.named_buffers()), "as torch"
         )
+    for wrapped in (theirs, ours):  # nor if it is told so
+        wrapped.require_forward_param_sync = False
+        wrapped(float(rank + 1)).backward()
+        assert wrapped.require_forward_param_sync
+    assert_same_bits(
+        dict(ours_model.named_buffers()), dict(theirs_model.named_buffers()), "told so, as torch"
+    )
+    for value in (False, True):  # nor for as long as it is told so
+        for name in ("broadcast_buffers", "forward_sync_buffers"):
+            for wrapped in (theirs, ours):
+                setattr(wrapped, name, value)
+                wrapped(float(rank + 1)).backward()
+                assert wrapped.forward_sync_buffers == wrapped.broadcast_buffers == value
+            assert copy.deepcopy(ours).forward_sync_buffers == value
+            assert_same_bits(
+                dict(ours_model.named_buffers()), dict(theirs_model.named_buffers()), name
+            )
+
+    # Without grad mode never, unlike torch; the forward in grad mode after it makes up for that.
+    model = fresh()
+    ours = make(model, engine=engine)
+    for mode in (torch.no_grad, torch.inference_mode):
+        model.sum = torch.full((3,), 10.0 * rank)
+        for train in (False, True):
+            with mode():
+                ours.train(train)(float(rank + 1))
+        assert model.sum.tolist() == [11.0 * rank + 1] * 3
+        ours._sync_buffers()
+        assert model.sum.tolist() == [1.0] * 3
+        model.sum = torch.full((3,), 10.0 * rank)
+        ours(float(rank + 1)).backward()
+        assert model.sum.tolist() == [1.0 + rank] * 3
 
     model = fresh()
     ours = make(model, engine=engine, broadcast_buffers=False)
@@ -145,10 +159,8 @@ def _buffers(rank: int, world_size: int, make_name: str, engine: str) -> None:
     ours = make(model, engine=engine)
     for _ in range(2):
         model.sum = torch.full((3,), float(rank))
-        with torch.no_grad():
-            ours(0.0)
-        assert model.sum.tolist() == [0.0] * 3
         ours(0.0).backward()
+        assert model.sum.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("make_name", MAKES)
@@ -251,10 +263,36 @@ def _strides_differ(rank: int, world_size: int, engine: str) -> None:
     cap_mb = 1.0 + rank
     with pytest.raises(fastddp.MismatchError, match=r"bucket.*2 MiB on rank 1.*1 MiB on rank 0"):
         fastddp.DistributedDataParallel(Ladder(), engine=engine, bucket_cap_mb=cap_mb)
+    cap_mb = float("inf") if rank == 0 else 1.0
+    with pytest.raises(fastddp.MismatchError, match=r"bucket.*1 MiB on rank 1.*no limit on rank 0"):
+        fastddp.DistributedDataParallel(Ladder(), engine=engine, bucket_cap_mb=cap_mb)
+    for name in ("broadcast_buffers", "forward_sync_buffers"):
+        with pytest.raises(fastddp.MismatchError, match=r"broadcast_buffers.*rank 1.*rank 0"):
+            fastddp.DistributedDataParallel(Ladder(), engine=engine, **{name: rank == 0})
+    embedding = nn.Embedding(3, 2, sparse=rank == 0)  # which decides over the plan
+    with pytest.raises(fastddp.MismatchError, match=r"'weight' has .*, sparse gradient on rank 0"):
+        fastddp.DistributedDataParallel(embedding, engine=engine)
 
 
-def test_strides_and_bucket_caps_that_differ_are_refused(engine: str) -> None:
+def test_strides_and_options_that_differ_are_refused(engine: str) -> None:
     run_ranks(_strides_differ, 2, engine)
+
+
+def _one_bucket(rank: int, world_size: int, engine: str) -> None:
+    for options in ({"bucket_cap_mb": float("inf")}, {"bucket_cap_mb_list": [float("inf"), 1]}):
+        model = nn.Sequential(*(nn.Linear(100, 100) for _ in range(80)), nn.Linear(100, 1))  # 3 MiB
+        ours = fastddp.DistributedDataParallel(model, engine=engine, **options)
+        for step in range(2):
+            ours.zero_grad()
+            ours(torch.ones(1, 100) * 2 * rank * step).sum().backward()
+            assert len(ours.plan().buckets) == 1
+        ones = torch.ones_like(model[-1].bias.grad)
+        assert torch.equal(model[-1].bias.grad, ones)
+    assert ours._get_ddp_logging_data()["bucket_cap_bytes"] == 2**20
+
+
+def test_a_bucket_without_a_limit_takes_all(engine: str) -> None:
+    run_ranks(_one_bucket, 2, engine)
 
 
 def _same_names_other_order(rank: int, world_size: int, engine: str) -> None:
@@ -340,10 +378,22 @@ def _one_rank_has_a_bad_option(rank: int, world_size: int, make_name: str) -> No
         ({"engine": "quantum"}, ValueError),
         ({"bucket_cap_mb": -1}, ValueError),
         ({"device_ids": [0]}, ValueError),
+        ({"bucket_cap_mb_list": 5}, ValueError),
+        # What Python itself says to nonsense is told too.
+        ({"delay_all_reduce_named_params": 1, "param_to_hook_all_reduce": 1}, TypeError),
+        ({"mixed_precision": _MixedPrecision(param_dtype="half")}, ValueError),
     ):
         with pytest.raises((error, fastddp.MismatchError)) as caught:
             make(Ladder(), **(options if rank == 1 else {}))
         assert (type(caught.value) is error) == (rank == 1), caught.value
+    with pytest.raises((TypeError, fastddp.MismatchError)) as caught:
+        make([Ladder()] if rank == 1 else Ladder())
+    assert (type(caught.value) is TypeError) == (rank == 1), caught.value
+    if make_name == "wrap":
+        with pytest.raises((TypeError, fastddp.MismatchError), match="'bucket_cap_mib'"):
+            make(Ladder(), **({"bucket_cap_mib": 1} if rank == 1 else {}))
+        with pytest.raises((RuntimeError, fastddp.MismatchError), match="quantum"):
+            make(Ladder(), **({"device": "quantum"} if rank == 1 else {}))
     ours = make(Ladder())
     ours(ladder_x(rank, 0, world_size)).backward()
     assert_ladder(ours.module, mean_x(0, world_size), "after all that")
@@ -419,6 +469,13 @@ def test_unfit_models_are_refused_in_a_world_of_one(
         ({"engine": "quantum"}, ["engine", "'quantum'", "native", "python"]),
         ({"bucket_cap_mb": 0}, ["bucket", "0"]),
         ({"bucket_cap_mb": -2}, ["bucket", "-2"]),
+        ({"bucket_cap_mb": float("nan")}, ["bucket_cap_mb", "nan", "MiB"]),
+        ({"bucket_cap_mb": float("-inf")}, ["bucket_cap_mb", "-inf"]),
+        ({"bucket_cap_mb": "25"}, ["bucket_cap_mb", "'25'"]),
+        ({"bucket_cap_mb": True}, ["bucket_cap_mb", "True"]),
+        ({"bucket_cap_mb_list": [1, None]}, ["bucket_cap_mb_list", "None"]),
+        ({"bucket_cap_mb_list": 25}, ["bucket_cap_mb_list", "25"]),
+        ({"bucket_cap_mb_list": "25"}, ["bucket_cap_mb_list", "'25'"]),
         ({"bucket_cap_mb": 1, "bucket_cap_mb_list": [1]}, ["bucket_cap_mb", "bucket_cap_mb_list"]),
         ({"bucket_cap_mb_list": []}, ["bucket"]),
         ({"device_ids": [0]}, ["device_ids", "cpu"]),

@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from fastddp import streams
-from fastddp.engine import python as python_engine
+from fastddp.device import streams
+from fastddp.engine.python import reducer as python_engine
 
 NAME = "standin"
 _HERE = Path(__file__).parent

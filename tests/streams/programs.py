@@ -140,6 +140,55 @@ def several_rounds(engine: str) -> Trained:
     return trained
 
 
+def finalized_by_hand(engine: str) -> Trained:
+    trained = Trained(engine, Layers())
+    trained.model.require_manual_backward_finalization = True
+    for _ in range(ROUNDS):
+        trained.backward()
+        trained.model.finalize_backward()
+        trained.step()
+    return trained
+
+
+class Below(nn.Module):
+    """Its input is computed from, so that a hook can finalize when all that is above is done."""
+
+    finalize: Callable[[], None]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 1 * x.requires_grad_()
+        if x.device.type != "cpu":
+            x.register_hook(lambda _: self.finalize())
+        return self.layers(x)
+
+
+def finalized_inside_backward(engine: str) -> Trained:
+    """On autograd's stream, that of forward; the gradients are used on the caller's."""
+    trained = Trained(engine, Below())
+    trained.model.module.finalize = trained.model.finalize_backward
+    trained.model.require_manual_backward_finalization = True
+    trained.rounds(device.stream("side"))
+    return trained
+
+
+def lazy_buckets(engine: str) -> Trained:
+    trained = Trained(engine, Layers(), lazy_bucket_allocation=True)
+    trained.rounds()
+    return trained
+
+
+def lazy_buckets_of_branches(engine: str) -> Trained:
+    """The stream that allocates a bucket is another one than others that fill it."""
+    caps = [1e-4, 25]  # the last layer alone, whose stream all others are behind
+    return wrapped_after_a_forward(
+        engine, bucket_cap_mb=None, bucket_cap_mb_list=caps, lazy_bucket_allocation=True
+    )
+
+
 def one_bucket(engine: str) -> Trained:
     trained = Trained(engine, Layers(), bucket_cap_mb=25)
     trained.rounds()
@@ -198,6 +247,34 @@ def buffers(engine: str) -> Trained:
     trained = Trained(engine, model)
     trained.rounds()
     assert [entry.op for entry in trained.group.log].count("broadcast") > ROUNDS
+    return trained
+
+
+def strided_buffers(engine: str) -> Trained:
+    """They go through copies; on another stream than the one that these belong to."""
+    model = Layers()
+    model.norm = nn.BatchNorm1d(16)
+    model.norm.running_mean = torch.zeros(32)[::2]
+    model.norm.running_var = torch.ones(2, 16)[1:].expand(2, 16)[0]
+    trained = Trained(engine, model)
+    trained.backward()
+    trained.step()
+    # `.to()` has made them dense: what a model assigns later is not.
+    norm = trained.model.module.norm
+    norm.running_mean = torch.stack([norm.running_mean] * 2, dim=1)[:, 0]
+    side = device.stream("side")
+    trained.backward()
+    trained.step()
+    side.wait_stream(torch.accelerator.current_stream())
+    with side:
+        x = torch.ones(6, 8, device=device.NAME)
+        trained.model(x)
+        former = norm.running_mean
+        norm.running_mean = former.clone()  # its copy is dropped while in use
+        trained.model(x)
+        trained.rounds()
+    torch.accelerator.current_stream().wait_stream(side)
+    del former
     return trained
 
 
@@ -388,7 +465,7 @@ def branches_on_streams(engine: str) -> Trained:
     return trained
 
 
-def wrapped_after_a_forward(engine: str) -> Trained:
+def wrapped_after_a_forward(engine: str, **options: Any) -> Trained:
     """Autograd's nodes for the parameters then exist, and belong to the streams of that forward."""
     model = Branches().to(device.NAME)
     streams = [device.stream("left"), device.stream("right"), None]
@@ -396,7 +473,8 @@ def wrapped_after_a_forward(engine: str) -> Trained:
     output = model(next(batches()).to(device.NAME))
     model.streams = [None, None, None]  # they cannot be copied
     on_cpu = copy.deepcopy(model).cpu()
-    trained = Trained(engine, model, on_cpu=on_cpu, bucket_cap_mb=25)
+    options.setdefault("bucket_cap_mb", 25)
+    trained = Trained(engine, model, on_cpu=on_cpu, **options)
     model.streams = streams
     trained.rounds()
     del output
@@ -459,6 +537,10 @@ def _backward_from_another_stream(trained: Trained) -> Trained:
 
 QUIET = (
     several_rounds,
+    finalized_by_hand,
+    finalized_inside_backward,
+    lazy_buckets,
+    lazy_buckets_of_branches,
     one_bucket,
     micro_batches,
     gradients_kept,
@@ -485,6 +567,7 @@ PROGRAMS = (
     *QUIET,
     unused_parameters,
     rounds_of_the_others,
+    strided_buffers,
     backward_raises,
     backward_raises_on_another_stream,
     last_of_micro_batches_raises_on_another_stream,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 
-from fastddp import join
+from fastddp.ddp import join
 from tests.ranks import run_ranks
 from tests.streams import device
 from tests.streams.group import RecordingGroup

@@ -32,11 +32,12 @@ class Choosy(nn.Module):
         return y + self.seldom(x) if with_seldom else y
 
 
-def _wrapped(engine: str) -> tuple[fastddp.DistributedDataParallel, RecordingGroup]:
+def _wrapped(engine: str, **options: Any) -> tuple[fastddp.DistributedDataParallel, RecordingGroup]:
     device.load()
     group = RecordingGroup(size=4)
     model = Choosy().to(device.NAME)
-    return fastddp.DistributedDataParallel(model, process_group=group, engine=engine), group
+    wrapped = fastddp.DistributedDataParallel(model, process_group=group, engine=engine, **options)
+    return wrapped, group
 
 
 def _backward(model: nn.Module, with_seldom: bool) -> list[str]:
@@ -61,6 +62,41 @@ def _too_early(rank: int, world_size: int, engine: str) -> None:
 def test_a_capture_needs_two_rounds_before_it(engine: str) -> None:
     """The first has no buckets yet, and the second may get others than the first."""
     run_ranks(_too_early, 1, engine, init_group=False)
+
+
+def _lazy(rank: int, world_size: int, engine: str) -> None:
+    model, _group = _wrapped(engine, lazy_bucket_allocation=True)
+    for _ in range(SETTLED):
+        _backward(model, True)
+    with device.capture(), pytest.raises(RuntimeError, match="lazy_bucket_allocation=True"):
+        _backward(model, True)
+    assert _backward(model, True) == []
+
+
+def test_lazy_buckets_cannot_be_captured(engine: str) -> None:
+    run_ranks(_lazy, 1, engine, init_group=False)
+
+
+def _manual(rank: int, world_size: int, engine: str) -> None:
+    """Backward and its finalization belong into one graph, or none."""
+    model, _group = _wrapped(engine)
+    for _ in range(SETTLED):
+        _backward(model, True)
+    model.require_manual_backward_finalization = True
+    for _ in range(2):
+        model.zero_grad()
+        with device.capture():
+            _backward(model, True)
+        with pytest.raises(RuntimeError, match="within the same capture"):
+            model.finalize_backward()
+        with device.capture():
+            model.finalize_backward()
+            assert [sync.where for sync in device.host_syncs()] == []
+        assert model.module.always.weight.grad is not None
+
+
+def test_a_round_is_finalized_in_the_graph_it_is_in(engine: str) -> None:
+    run_ranks(_manual, 1, engine, init_group=False)
 
 
 def _outlived(rank: int, world_size: int, engine: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastddp
-from fastddp import replicate
+from fastddp.data_parallel import replicate
 from tests.models import CASES, loss_of
 from tests.ranks import run_ranks
 from tests.streams import device

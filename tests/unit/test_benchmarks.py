@@ -16,13 +16,12 @@ from torch.nn.parallel import DistributedDataParallel as TorchDDP
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
 
-from benchmarks import allreduce, collectives  # noqa: E402
-from benchmarks.harness import Plan, first_difference, measure, turn_order  # noqa: E402
-from benchmarks.models import MODELS, gradient_bytes  # noqa: E402
-from benchmarks.ranks import run_ranks  # noqa: E402
-from benchmarks.report import figures  # noqa: E402
-from benchmarks.startup import run_probe  # noqa: E402
-from benchmarks.stats import (  # noqa: E402
+from benchmarks.allreduce import __main__ as allreduce  # noqa: E402
+from benchmarks.allreduce import measure as collectives  # noqa: E402
+from benchmarks.allreduce.records import make_records  # noqa: E402
+from benchmarks.allreduce.sizes import size_bytes  # noqa: E402
+from benchmarks.common.ranks import run_ranks  # noqa: E402
+from benchmarks.common.stats import (  # noqa: E402
     best,
     estimate,
     median,
@@ -30,8 +29,14 @@ from benchmarks.stats import (  # noqa: E402
     share_removed,
     slowest_rank,
 )
-from benchmarks.step import main  # noqa: E402
-from benchmarks.variants import VARIANTS, Groups, Variant, available  # noqa: E402
+from benchmarks.common.trials import turn_order  # noqa: E402
+from benchmarks.startup.__main__ import run_probe  # noqa: E402
+from benchmarks.step.__main__ import main  # noqa: E402
+from benchmarks.step.measure import Plan, measure  # noqa: E402
+from benchmarks.step.models import MODELS, gradient_bytes  # noqa: E402
+from benchmarks.step.records import figures  # noqa: E402
+from benchmarks.step.variants import VARIANTS, Groups, Variant, available  # noqa: E402
+from benchmarks.step.verify import first_difference  # noqa: E402
 
 
 def slightly_off_on_rank_1(module: nn.Module, groups: Groups) -> nn.Module:
@@ -222,9 +227,7 @@ def test_figures_of_known_all_reduces() -> None:
     ]
     rank_1 = [case(c.variant, c.dtype, [10.0, 100.0]) for c in rank_0[:1]] + rank_0[1:]
     plan = collectives.Plan(elements=1000, variants=(), rounds=2)
-    records = allreduce.make_records(
-        "4000B", plan, [rank_0, rank_1, rank_0, rank_0], threads=1, machine={}
-    )
+    records = make_records("4000B", plan, [rank_0, rank_1, rank_0, rank_0], threads=1, machine={})
     gloo, shm, shm_bf16, mpi, floor = records
     assert (gloo.us, gloo.us_rounds, gloo.calls) == (100, [100, 100], 9)  # of the slowest rank
     assert gloo.gloo_ratio is gloo.mpi_ratio is gloo.floor_ratio is None
@@ -238,11 +241,11 @@ def test_figures_of_known_all_reduces() -> None:
 
 
 def test_sizes_are_read_with_their_unit() -> None:
-    sizes = [allreduce.size_bytes(text) for text in ("4B", "1KiB", "25MiB", "2GiB")]
+    sizes = [size_bytes(text) for text in ("4B", "1KiB", "25MiB", "2GiB")]
     assert sizes == [4, 1024, 26_214_400, 2_147_483_648]
     for text in ("25", "0KiB", "1MB", "-1KiB", "1.5MiB"):
         with pytest.raises(argparse.ArgumentTypeError, match="write 64KiB"):
-            allreduce.size_bytes(text)
+            size_bytes(text)
 
 
 # Models and runs

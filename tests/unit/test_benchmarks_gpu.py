@@ -15,12 +15,15 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks import device, gpu, gpu_steps  # noqa: E402
-from benchmarks.harness import Replica, WrongResultError  # noqa: E402
-from benchmarks.models import MODELS  # noqa: E402
-from benchmarks.ranks import run_ranks  # noqa: E402
-from benchmarks.report import append_json  # noqa: E402
-from benchmarks.variants import available  # noqa: E402
+from benchmarks.common.ranks import run_ranks  # noqa: E402
+from benchmarks.common.report import append_json  # noqa: E402
+from benchmarks.common.trials import WrongResultError  # noqa: E402
+from benchmarks.gpu import __main__ as gpu  # noqa: E402
+from benchmarks.gpu import device  # noqa: E402
+from benchmarks.gpu import steps as gpu_steps  # noqa: E402
+from benchmarks.step.models import MODELS  # noqa: E402
+from benchmarks.step.replica import Replica  # noqa: E402
+from benchmarks.step.variants import available  # noqa: E402
 
 CPU = torch.device("cpu")
 

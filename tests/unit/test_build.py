@@ -18,7 +18,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastddp import engine, extension
+from fastddp import extension
+from fastddp.engine.choose import choose
 from fastddp.extension import BuildInfo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,10 +285,10 @@ def test_an_unbuilt_extension_says_the_next_step(
 def test_the_choice_of_the_slower_engine_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTDDP_ENGINE", raising=False)
     with pytest.warns(RuntimeWarning, match=r"slower.*GIL|never built"):
-        assert engine.choose() == "python"
+        assert choose() == "python"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert engine.choose() == "python"
+        assert choose() == "python"
 
 
 # ---- whole installs ----
@@ -317,7 +318,7 @@ def test_without_a_compiler_the_install_is_pure_python(tree: Path) -> None:
     done = install(tree, CXX="no-such-compiler")
     assert done.returncode == 0, done.stdout
     assert "no-such-compiler" in str(recorded(tree)["FAILED"])
-    code = "import fastddp.engine as e; print(e.choose())"
+    code = "from fastddp.engine.choose import choose; print(choose())"
     assert run_installed(tree, code) == "python"
 
     done = install(tree, CXX="no-such-compiler", FASTDDP_BUILD="require")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastddp
-from fastddp import flat as flat_module
+from fastddp.device import flat as flat_module
 from tests.conftest import require_native
 from tests.unit.test_kernels import assert_same_bits, random_bits
 

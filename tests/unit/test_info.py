@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastddp import extension, info, launch
+from fastddp import extension, info
+from fastddp.comm import launch
 from fastddp.extension import BuildInfo
 from fastddp.version import __version__
 

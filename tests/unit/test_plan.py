@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastddp import extension
-from fastddp.plan import SLOT_ALIGN_BYTES, BucketPlan, ParamSpec, plan_buckets
+from fastddp.engine.plan import NUM_MARKS, SLOT_ALIGN_BYTES, BucketPlan, ParamSpec, plan_buckets
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -91,7 +91,8 @@ def test_a_complex_parameter_counts_as_pairs_of_reals():
 
 def test_bytes_of_a_plan():
     plan = plan_buckets([ParamSpec(4, torch.float64), ParamSpec(1, torch.float32)], [0, 1], [1])
-    assert plan.num_bytes == (4 + 2) * 8 + (4 + 4) * 4
+    # Elements of gradients, flags and marks, up to a multiple of 16 bytes.
+    assert plan.num_bytes == (4 + 1 + NUM_MARKS) * 8 + (4 + 1 + NUM_MARKS + 2) * 4
 
 
 def native_plan(params, order, caps_bytes) -> BucketPlan:

@@ -1,0 +1,1 @@
+"""Both on two hosts with a slow link between them."""

@@ -1,0 +1,1 @@
+"""What it costs until training can begin."""

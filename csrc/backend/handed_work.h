@@ -1,0 +1,105 @@
+// What was handed to another backend. It fails when the group breaks: the other backend would wait
+// for its timeout. And it names a rank that has ended, where the other backend knows no more than
+// that a connection was closed.
+#pragma once
+
+#include <ATen/core/ivalue.h>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "backend/deadline.h"
+#include "shm/error.h"
+#include "shm/group.h"
+#include "tensor/error_text.h"
+
+namespace fastddp {
+
+class HandedWork final : public c10d::Work {
+ public:
+  HandedWork(c10::intrusive_ptr<c10d::Work> work, std::shared_ptr<shm::Group> group)
+      : work_(std::move(work)), group_(std::move(group)) {
+    try {
+      work_->getFuture()->addCallback([ended = ended_](c10::ivalue::Future&) {
+        const std::lock_guard lock(ended->mutex);
+        ended->is = true;
+        ended->changed.notify_all();
+      });
+    } catch (const c10::Error&) {
+      tells_when_it_ends_ = false;
+    }
+  }
+
+  bool isCompleted() override { return work_->isCompleted(); }
+  bool isSuccess() const override { return work_->isSuccess(); }
+  std::exception_ptr exception() const override { return work_->exception(); }
+  int sourceRank() const override { return work_->sourceRank(); }
+  std::vector<at::Tensor> result() override { return work_->result(); }
+  void synchronize() override { work_->synchronize(); }
+  void abort() override { work_->abort(); }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return work_->getFuture(); }
+
+  bool wait(std::chrono::milliseconds timeout) override {
+    try {
+      if (!tells_when_it_ends_) return work_->wait(timeout);
+      wait_for_its_end(timeout);
+      return work_->wait(kNoTimeout);
+    } catch (const shm::Error& error) {
+      TORCH_CHECK_WITH(DistBackendError, false, error.what());
+    } catch (const std::exception& error) {
+      explain(error);
+      throw;
+    }
+  }
+
+ private:
+  struct Ended {
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool is = false;
+  };
+
+  void wait_for_its_end(std::chrono::milliseconds timeout) {
+    constexpr std::chrono::milliseconds kLookAround{50};
+    const auto deadline = deadline_in(timeout);
+    std::unique_lock lock(ended_->mutex);
+    while (!ended_->changed.wait_for(lock, kLookAround, [this] { return ended_->is; })) {
+      group_->check();
+      TORCH_CHECK_WITH(
+          DistBackendError, timeout == kNoTimeout || std::chrono::steady_clock::now() < deadline,
+          "fastddp: timed out: a collective did not end within ", timeout.count(), " ms");
+    }
+  }
+
+  // Throws if there is more to say than what the other backend says.
+  void explain(const std::exception& error) {
+    // The end of a connection is seen a moment before that of its process. Who ended in good order
+    // is not to blame for a timeout.
+    const bool timed_out = text_of(error).find("imed out") != std::string::npos;
+    constexpr int kLooks = 20;
+    try {
+      group_->check();
+      for (int i = 0; i < kLooks && !timed_out; ++i) {
+        group_->check_ended();
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      }
+    } catch (const shm::Error& error) {
+      TORCH_CHECK_WITH(DistBackendError, false, error.what());
+    }
+  }
+
+  const c10::intrusive_ptr<c10d::Work> work_;
+  const std::shared_ptr<shm::Group> group_;
+  bool tells_when_it_ends_ = true;  // some works of gloo's do not
+  const std::shared_ptr<Ended> ended_ = std::make_shared<Ended>();
+};
+
+}  // namespace fastddp

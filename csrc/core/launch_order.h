@@ -1,0 +1,62 @@
+// The order in which the models on one group launch their collectives.
+//
+// Rounds begin in the same order on every rank, with the outputs of the models' forwards; buckets
+// fill in an order that depends on which parameters a rank uses. So the buckets of a round wait
+// until every round that began before it, on the same group, has launched all of its own. A rank
+// that misses no gradient waits for nothing. `fastddp/engine/launch_order.py` is the same in
+// Python. (tests/parity/test_two_models.py)
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace fastddp {
+
+// The rounds of one group that have collectives to launch, in the order in which they began.
+class LaunchOrder {
+ public:
+  // A model on the group.
+  void introduce(std::uint32_t owner, const std::string& title) {
+    const std::lock_guard lock(mutex_);
+    titles_[owner] = title;
+  }
+
+  // What the other models on the group are called.
+  std::string others(std::uint32_t owner) const {
+    const std::lock_guard lock(mutex_);
+    std::string text;
+    for (const auto& [other, title] : titles_) {
+      if (other != owner) text += (text.empty() ? "" : ", ") + title;
+    }
+    return text;
+  }
+
+  // A round begins; a reducer has one at a time.
+  void begin(const void* reducer) {
+    const std::lock_guard lock(mutex_);
+    open_.push_back(reducer);
+  }
+
+  // Whether all rounds that began before this one have launched what they have.
+  bool may_launch(const void* reducer) const {
+    const std::lock_guard lock(mutex_);
+    return open_.empty() || open_.front() == reducer;
+  }
+
+  // A round has launched all that it has; once more does nothing.
+  void end(const void* reducer) {
+    const std::lock_guard lock(mutex_);
+    open_.erase(std::remove(open_.begin(), open_.end(), reducer), open_.end());
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<const void*> open_;
+  std::map<std::uint32_t, std::string> titles_;
+};
+
+}  // namespace fastddp

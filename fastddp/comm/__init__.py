@@ -1,0 +1,1 @@
+"""Process groups and transports: who the ranks are, how they meet and exchange; no models."""

@@ -1,0 +1,1 @@
+"""`fastddp.spawn`: the process that starts the ranks, and the ranks."""

@@ -1,0 +1,1 @@
+"""What is true of tensors, autograd and streams of one process: no ranks, no groups."""

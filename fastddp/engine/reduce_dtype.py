@@ -1,0 +1,81 @@
+"""Averaging gradients in another dtype than their own."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch.distributed import ProcessGroup, Work
+
+from fastddp.comm.collectives import Loan, settle, without_context
+from fastddp.device.streams import home_of, keep_for_current
+from fastddp.engine.hooks import GradBucket, Wait
+
+
+class ReduceInDtype:
+    """Casts each bucket, all-reduces it, divides it by the number of ranks and casts it back.
+
+    In this order, which is that of torch's mixed precision: a sum that float16 cannot hold becomes
+    infinite, and whoever scales the loss sees it.
+
+    Args:
+        dtype: floating point.
+        group: where. Not kept alive.
+    """
+
+    def __init__(self, dtype: torch.dtype, group: ProcessGroup) -> None:
+        self._dtype = dtype
+        self._group = weakref.ref(group)
+        # By bucket, of the round that is under way or was abandoned. A work refers to its tensor,
+        # so it has to be gone before the loan can be settled.
+        self._works: dict[int, Work] = {}
+        self._loans: dict[int, Loan] = {}
+
+    def __del__(self) -> None:
+        self._works.clear()
+        settle(self._loans.values())
+
+    def start(self, bucket: GradBucket) -> Wait:
+        """See :class:`fastddp.engine.hooks.BucketRunner`.
+
+        Raises:
+            torch.distributed.DistBackendError: if the collective fails; also the returned function.
+        """
+        group, index, gradients = self._group(), bucket.index(), bucket.buffer()
+        if group is None:
+            raise RuntimeError(
+                "fastddp: the process group of this model was destroyed before its backward; call"
+                " destroy_process_group() after the last step"
+            )
+        self._settle(index)
+        rank, num_ranks = group.rank(), group.size()
+        sent = gradients.to(self._dtype)
+        home = home_of(sent.device)
+        self._loans[index] = Loan(sent)
+        with without_context():
+            self._works[index] = group.allreduce([sent])
+
+        def wait() -> None:
+            try:
+                self._works[index].wait()
+            except RuntimeError as error:
+                first = bucket.parameters()[0]
+                raise torch.distributed.DistBackendError(
+                    f"fastddp: rank {rank}: the all-reduce of bucket {index + 1} in {self._dtype}"
+                    f" failed (its first parameter has shape {tuple(first.shape)}): {error}"
+                ) from error
+            with torch.no_grad():
+                torch.div(sent, num_ranks, out=gradients)  # rounded to the dtype of `sent` first
+            keep_for_current([sent], home)
+            self._settle(index)
+
+        return wait
+
+    def let_go(self) -> None:
+        """See there. Nothing to do: what is sent is a copy, and gone once it was waited for."""
+
+    def _settle(self, index: int) -> None:
+        self._works.pop(index, None)
+        loan = self._loans.pop(index, None)
+        if loan is not None:
+            settle([loan])
