@@ -37,6 +37,7 @@ BENCHMARK_LAYERS: dict[str, set[str]] = {
     "allreduce": {"common"},
     "gpu": {"common", "step"},
     "hosts": {"common", "step", "allreduce"},
+    "compare": {"common"},
 }
 
 LAYERS = {"fastddp": PYTHON_LAYERS, "benchmarks": BENCHMARK_LAYERS}
