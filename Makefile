@@ -10,8 +10,13 @@ JOBS ?= $(shell nproc)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+# Processes that run tests at the same time; 0 runs them in one process, for a debugger. More than
+# two cores need, because many tests wait; the number does not grow with the cores, because some
+# tests measure how long others take.
+TEST_WORKERS ?= 3
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_WORKERS) --dist=worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A stamp per torch, so that another TORCH reinstalls and recompiles.
 TORCH_STAMP := $(VENV)/.have-$(subst /,_,$(subst =,_,$(TORCH)))
@@ -19,7 +24,7 @@ CXX_FILES := $(shell find csrc tests/cpp tests/streams benchmarks -type f)
 CMAKE := $(or $(shell command -v cmake),$(abspath $(BIN))/cmake)
 CTEST := $(dir $(CMAKE))ctest
 
-.PHONY: help demo test test-clients build lint format cpp-test san bench bench-allreduce bench-hosts clean
+.PHONY: help demo test test-all test-clients build lint format cpp-test san bench bench-allreduce bench-hosts clean
 .PHONY: build-cuda cuda-check test-gpu bench-gpu
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
@@ -30,11 +35,14 @@ help:  ## list the targets
 demo: $(VENV)/.built  ## train a real model on two processes, compared with torch's DDP
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-test: $(VENV)/.built  ## run the tests, with both engines
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(VENV)/.built  ## run the quick tests of every kind, with both engines
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
+
+test-all: $(VENV)/.built  ## run all tests; also those of torch, soaks, and campaigns of faults
+	$(PYTEST) $(TEST_ARGS)
 
 test-clients: $(VENV)/.clients  ## train with Accelerate, Trainer and Lightning, compared with torch's DDP
-	FASTDDP_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest tests/clients $(TEST_ARGS)
+	FASTDDP_REQUIRE_CLIENTS=1 $(PYTEST) tests/clients $(TEST_ARGS)
 
 build: $(VENV)/.built  ## install the package in place and compile its extension
 

@@ -25,6 +25,7 @@ from tests.comm.common import (
     reduced,
     run_group,
 )
+from tests.slow import slow_but_for
 
 
 def test_every_backend_that_is_registered_is_tested():
@@ -50,7 +51,7 @@ def _operations(rank: int, world_size: int, backend: str) -> None:
                         _check(kind, numel, dtype, op)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", slow_but_for([1, 2, 3], [1, 2, 3, 4, 8]))
 def test_operations(backend, world_size):
     run_group(_operations, world_size, backend, backend)
 
@@ -82,7 +83,7 @@ def _lengths_of_sums(rank: int, world_size: int, backend: str) -> None:
                 _check(kind, numel, dtype, "SUM")
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4, 8])
+@pytest.mark.parametrize("world_size", slow_but_for([1, 3], [1, 3, 4, 8]))
 def test_lengths_on_other_numbers_of_ranks(backend, world_size):
     run_group(_lengths_of_sums, world_size, backend, backend)
 
@@ -110,7 +111,7 @@ def _hundred_mb(rank: int, world_size: int, backend: str) -> None:
         _check(kind, HUNDRED_MB, torch.float32, "SUM")
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 4]))
 def test_a_hundred_mb(backend, world_size):
     run_group(_hundred_mb, world_size, backend, backend)
 

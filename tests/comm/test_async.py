@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from tests.comm.common import case, expect, given, kinds_of_memory, operand, reduced, run_group
 from tests.ranks import scratch_folder
+from tests.slow import slow_but_for
 
 DEADLINE_S = 20.0
-WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4])
+WORLD_SIZES = pytest.mark.parametrize("world_size", slow_but_for([2, 3], [2, 3, 4]))
 SIZES = (1, 100, 5000, 70_000, 400_000)
 
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastddp
 from tests.comm.common import expect, run_group
 from tests.ranks import scratch_folder
+from tests.slow import slow_but_for
 
 STEPS = 5
 BATCH = 12  # divides by 2, 3 and 4 ranks
@@ -236,7 +237,7 @@ def _fastddp(rank: int, world_size: int) -> None:
     _compare(copy.deepcopy(model.state_dict()))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
 @pytest.mark.parametrize(
     "client",
     [

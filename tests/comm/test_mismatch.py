@@ -31,6 +31,7 @@ from tests.comm.common import (
     run_group,
 )
 from tests.ranks import Died, scratch_folder
+from tests.slow import slow_but_for
 
 DEADLINE_S = 20.0  # a mismatch is found at once, not by a timeout
 
@@ -383,7 +384,7 @@ def _wait_for(files: list) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("missing", [0, 2])
+@pytest.mark.parametrize("missing", slow_but_for([2], [0, 2]))
 def test_a_rank_that_does_not_come_is_a_timeout(backend, missing):
     run_group(_missing, 3, backend, backend, missing)
 

@@ -22,9 +22,10 @@ from tests.comm.common import (
     reduce_op,
     run_group,
 )
+from tests.slow import slow_but_for
 
 SIZES = (1, 7, 1000, 32_769, 140_001)  # the last: more than all staging slots hold
-WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+WORLD_SIZES = pytest.mark.parametrize("world_size", slow_but_for([2, 3], [2, 3, 4, 8]))
 
 
 # Small: eight ranks hold one each.

@@ -25,10 +25,11 @@ from tests.comm.common import (
     run_group,
 )
 from tests.ranks import scratch_folder
+from tests.slow import slow_but_for
 
 # An element beyond the share that fits a staging slot, for tensors that are cut into shares.
 SIZES = (0, 1, 7, 1023, (128 << 10) // 4 + 1)
-WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+WORLD_SIZES = pytest.mark.parametrize("world_size", slow_but_for([1, 2, 3], [1, 2, 3, 4]))
 
 
 def _run_all(rank: int, world_size: int, cases: list[Callable[[int, int], None]]) -> None:

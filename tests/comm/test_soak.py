@@ -189,7 +189,14 @@ def _soak(rank: int, world_size: int, seed: int, count: int) -> None:
 
 
 @pytest.mark.timeout(2 * TIMEOUT_S)
-@pytest.mark.parametrize(("world_size", "share"), [(2, 1), (3, 4), (4, 4)])
+@pytest.mark.parametrize(
+    ("world_size", "share"),
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        (3, 4),
+        pytest.param(4, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_soak(backend, world_size, share):
     count = COUNT // share // (GLOO_SHARE if backend == "gloo" else 1)
     run_group(_soak, world_size, backend, world_size, count, timeout=TIMEOUT_S)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.ranks import LAUNCHER_VARIABLES, run_ranks
+from tests.slow import slow_but_for
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -143,7 +144,7 @@ def test_training_windows_depend_on_seed_step_and_rank_only(train_gpt: ModuleTyp
         assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", slow_but_for([2], [0, 2]))
 def test_digits_reaches_its_accuracy(ranks: int) -> None:
     output = run_example("train_digits.py", "--epochs", "4", ranks=ranks)
     accuracies = [float(text) for text in re.findall(r"test accuracy ([\d.]+)", output)]

@@ -7,7 +7,7 @@ import gc
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,19 @@ def descriptors() -> dict[int, str]:
 def mappings(what: str) -> list[str]:
     """Returns the lines of this process's mappings of ``memfd:fastddp-<what>``."""
     return re.findall(rf"^.*/memfd:fastddp-{what}\b.*$", Path("/proc/self/maps").read_text(), re.M)
+
+
+def shared_files_of(pids: Collection[int]) -> list[str]:
+    """Returns the files in /dev/shm that are named after these processes or after fastddp.
+
+    Other tests run at the same time, and what they have there is none of the caller's business.
+    """
+    numbers = {str(pid) for pid in pids}
+    return [
+        name
+        for name in os.listdir("/dev/shm")
+        if "fastddp" in name or numbers & set(re.findall(r"\d+", name))
+    ]
 
 
 @dataclass(frozen=True)

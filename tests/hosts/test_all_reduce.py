@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.hosts.common import allocate, backend_of, case, given, reduced, run_on_hosts
+from tests.slow import slow_but_for
 
 # Equal and unequal numbers of ranks; hosts whose ranks follow one another and whose do not.
 LAYOUTS = ("aabb", "abbb", "aab", "aabc", "abab", "abba")
@@ -49,7 +50,7 @@ def _ops_and_dtypes(rank: int, world_size: int) -> list[str]:
     return refused
 
 
-@pytest.mark.parametrize("hosts", LAYOUTS)
+@pytest.mark.parametrize("hosts", slow_but_for(["aab"], LAYOUTS))
 def test_operations_of_all_dtypes(hosts):
     refused = run_on_hosts(_ops_and_dtypes, hosts)[0]
     assert "torch.float32 BAND" in refused
@@ -69,7 +70,7 @@ def _lengths(rank: int, world_size: int) -> None:
                     assert torch.equal(tensor, expected)
 
 
-@pytest.mark.parametrize("hosts", LAYOUTS)
+@pytest.mark.parametrize("hosts", slow_but_for(["aab", "abba"], LAYOUTS))
 def test_lengths_around_pieces_in_all_kinds_of_memory(hosts):
     run_on_hosts(_lengths, hosts)
 

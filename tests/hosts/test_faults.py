@@ -17,6 +17,7 @@ import torch.distributed as dist
 from fastddp import extension
 from tests.hosts.common import allocate, backend_of, error_of, given, reduced, run_on_hosts
 from tests.ranks import Died, scratch_folder
+from tests.slow import slow_but_for
 
 # Far longer than any of these tests: an error that takes so long is none that came soon.
 GROUP_TIMEOUT_S = 300.0
@@ -53,7 +54,7 @@ def _reduce_until_it_fails(rank: int, world_size: int, doomed: int, numel: int, 
 
 @pytest.mark.parametrize("doomed", [0, 1, 3])
 @pytest.mark.parametrize(("numel", "own"), [(10, False), (3_000_000, True)])
-@pytest.mark.parametrize("hosts", ["aabb", "abbb", "abca"])
+@pytest.mark.parametrize("hosts", slow_but_for(["abca"], ["aabb", "abbb", "abca"]))
 def test_a_rank_that_dies_is_an_error_on_every_host(hosts, numel, own, doomed):
     results = run_on_hosts(
         _reduce_until_it_fails,

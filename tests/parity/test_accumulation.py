@@ -29,6 +29,7 @@ from tests.parity.checks import (
     wrap_small,
 )
 from tests.ranks import run_ranks
+from tests.slow import slow_but_for
 
 SCENARIOS: dict[str, Callable[[int, int, str], object]] = {}
 
@@ -629,7 +630,7 @@ def a_second_gradient_that_there_never_was_before(rank: int, world_size: int, en
         loss_of(ours(x.requires_grad_())).backward()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str, world_size: int, engine: str) -> None:
     run_ranks(SCENARIOS[name], world_size, engine)

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 import fastddp
 from tests.ranks import run_ranks
+from tests.slow import slow_but_for
 
 TRANSPORTS = {"shm": {}, "gloo": {"FASTDDP_SHM": "0"}}
 
@@ -215,7 +216,7 @@ def _change_all(rank: int, world_size: int, engine: str, transparent: bool, hook
                 _check(ours.module, plain, (name, steps_before, step))
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", slow_but_for(["shm"], TRANSPORTS))
 def test_what_there_is_after_a_change_is_averaged(engine: str, transport: str) -> None:
     run_ranks(_change_all, 2, engine, False, False, env=TRANSPORTS[transport])
 

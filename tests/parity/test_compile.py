@@ -171,7 +171,13 @@ def _compiled_is_uncompiled(
         assert model.stats().rounds == STEPS
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("class", "eager"), ("wrap", "aot_eager")])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        pytest.param("class", "eager", marks=pytest.mark.slow),
+        ("wrap", "aot_eager"),
+    ],
+)
 def test_compiling_changes_no_bit(engine: str, kind: str, backend: str) -> None:
     run_ranks(_compiled_is_uncompiled, 2, engine, kind, backend)
 

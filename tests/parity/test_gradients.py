@@ -26,6 +26,7 @@ from tests.parity.checks import (
     wrap_small,
 )
 from tests.ranks import run_ranks
+from tests.slow import slow_but_for
 
 STEPS = 4  # the second step brings the learned order and new buckets, the third reuses them
 
@@ -79,7 +80,7 @@ def _train_beside_torch(
     return digests
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", slow_but_for([1, 2], [1, 2, 3, 4]))
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_torch(name: str, world_size: int, engine: str) -> None:
     by_rank = run_ranks(_train_beside_torch, world_size, name, engine, True)
@@ -88,7 +89,7 @@ def test_gradients_are_those_of_torch(name: str, world_size: int, engine: str) -
         assert digests == by_rank[0], "ranks hold different bits"
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", slow_but_for([3], [2, 3]))
 @pytest.mark.parametrize("name", ["mlp", "mixed_dtypes", "unused"])
 def test_gradients_are_those_of_torch_with_default_buckets(
     name: str, world_size: int, engine: str
@@ -135,7 +136,7 @@ def _train_beside_one_process(rank: int, world_size: int, name: str, engine: str
             optimizer.step()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", slow_but_for([3], [2, 3]))
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_one_process_on_the_whole_batch(
     name: str, world_size: int, engine: str
@@ -161,7 +162,7 @@ def _exact_averages(rank: int, world_size: int, engine: str) -> None:
             assert ours.stats().num_buckets == len(ours.plan().buckets) > 1
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", slow_but_for([1, 2, 3], [1, 2, 3, 4]))
 def test_whole_numbers_average_exactly_in_every_dtype(world_size: int, engine: str) -> None:
     run_ranks(_exact_averages, world_size, engine)
 
@@ -192,7 +193,7 @@ def _train_with_each_engine(rank: int, world_size: int, name: str) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
 @pytest.mark.parametrize("name", CASES)
 def test_engines_give_the_same_bits_also_when_ranks_mix_them(name: str, world_size: int) -> None:
     require_native()

@@ -90,10 +90,10 @@ def _run(arguments: list[str], tmp_path: Path, launcher: Sequence[str] = ()) -> 
     ("how", "engine"),
     [
         ("leave", "native"),
-        ("destroy, then drop", "native"),
-        ("destroy, and keep", "native"),
-        ("drop, then destroy", "native"),
-        ("destroy, then drop", "python"),
+        pytest.param("destroy, then drop", "native", marks=pytest.mark.slow),
+        pytest.param("destroy, and keep", "native", marks=pytest.mark.slow),
+        pytest.param("drop, then destroy", "native", marks=pytest.mark.slow),
+        pytest.param("destroy, then drop", "python", marks=pytest.mark.slow),
     ],
 )
 def test_torchrun(how: str, engine: str, tmp_path: Path) -> None:

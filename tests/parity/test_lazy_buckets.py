@@ -22,6 +22,7 @@ from fastddp import extension
 from tests.conftest import flattening
 from tests.parity.checks import assert_same_bits, gradients
 from tests.ranks import run_ranks
+from tests.slow import slow_but_for
 
 TRANSPORTS = {"shm": {}, "gloo": {"FASTDDP_SHM": "0"}}
 WIDTH = 16
@@ -189,7 +190,7 @@ def _dense(model: nn.Module) -> dict[str, Tensor | None]:
 WAYS = ["plain", "hook", "comm_dtype", "mixed precision"]
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", slow_but_for(["shm"], TRANSPORTS))
 @pytest.mark.parametrize("way", WAYS)
 def test_the_bits_are_those_of_lasting_buckets(engine: str, transport: str, way: str) -> None:
     run_ranks(_same_bits, 2, engine, way, env=TRANSPORTS[transport])

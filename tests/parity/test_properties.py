@@ -41,6 +41,7 @@ from tests.parity.programs import (
     run,
 )
 from tests.ranks import run_ranks
+from tests.slow import slow_but_for
 
 EXAMPLES = int(os.environ.get("FASTDDP_PROPERTY_EXAMPLES", "0"))
 
@@ -167,7 +168,7 @@ def must_be_the_same(one: Trace, other: Trace, what: str) -> None:
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 60)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
 def test_random_programs(world_size: int) -> None:
     if os.environ.get("FASTDDP_REQUIRE_NATIVE") == "1":
         require_native()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import fastddp
 from tests.conftest import flattening, require_native
 from tests.ranks import run_ranks
+from tests.slow import slow_but_for
 
 EXAMPLES = int(os.environ.get("FASTDDP_PROPERTY_EXAMPLES", "0"))
 WIDTH = 6
@@ -189,8 +190,10 @@ def _run_all(rank: int, world_size: int, jobs_: Sequence[Job], engine: str) -> N
         _run(rank, world_size, engine, job)
 
 
-@pytest.mark.parametrize("transport", [{}, {"FASTDDP_SHM": "0"}], ids=["shm", "gloo"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "transport", slow_but_for([{}], [{}, {"FASTDDP_SHM": "0"}]), ids=["shm", "gloo"]
+)
+@pytest.mark.parametrize("engine", slow_but_for(["native", "python"], ENGINES))
 def test_every_model_of_a_job_gets_the_mean_of_its_own(
     engine: str, transport: dict[str, str]
 ) -> None:

@@ -18,6 +18,7 @@ import fastddp
 from fastddp.data_parallel import replicate
 from tests.models import CASES, loss_of
 from tests.ranks import run_ranks
+from tests.slow import slow_but_for
 from tests.streams import device
 
 # The stand-in device has no convolution.
@@ -75,7 +76,9 @@ def _train_all(rank: int, world_size: int, devices: Sequence[str], own_streams: 
                     torch.testing.assert_close(mine, due, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("own_streams", [False, True], ids=["default streams", "own streams"])
+@pytest.mark.parametrize(
+    "own_streams", slow_but_for([True], [False, True]), ids=["default streams", "own streams"]
+)
 @pytest.mark.parametrize(
     "devices", [DEVICES, [DEVICES[0], DEVICES[1], DEVICES[1]]], ids=["two", "three replicas"]
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.ranks import RankFailed, run_ranks
+from tests.slow import slow_but_for
 from tests.torch_suite import judge
 from tests.torch_suite.expected import DIFFERENT, NOT_RUN, PASSES, TORCH, world_size
 
@@ -17,12 +18,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("name", PASSES)
+# Whether they are still there and still judged as said; the others take minutes.
+QUICK = (
+    "test_DistributedDataParallelCPU",
+    "test_ddp_namedtuple",
+    "test_ddp_ignore_params_arg",
+    "test_ddp_static_graph_nested_types",
+    "test_invalid_static_graph",
+)
+
+
+@pytest.mark.parametrize("name", slow_but_for(QUICK, PASSES))
 def test_passes(name: str, engine: str) -> None:
     judge_(name, engine)
 
 
-@pytest.mark.parametrize("name", DIFFERENT)
+@pytest.mark.parametrize("name", slow_but_for(QUICK, DIFFERENT))
 def test_differs_as_said(name: str) -> None:
     """One engine will do: what differs is what both have around them.
 

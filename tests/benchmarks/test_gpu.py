@@ -1,29 +1,24 @@
-"""The harness for GPUs, as far as the CPU shows: it verifies, counts and reports."""
+"""The benchmark for GPUs, as far as the CPU shows: it verifies, counts and reports."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
-
-from rich.console import Console  # noqa: E402
-
-from benchmarks.common.ranks import run_ranks  # noqa: E402
-from benchmarks.common.report import append_json  # noqa: E402
-from benchmarks.common.trials import WrongResultError  # noqa: E402
-from benchmarks.gpu import __main__ as gpu  # noqa: E402
-from benchmarks.gpu import device  # noqa: E402
-from benchmarks.gpu import steps as gpu_steps  # noqa: E402
-from benchmarks.step.models import MODELS  # noqa: E402
-from benchmarks.step.replica import Replica  # noqa: E402
-from benchmarks.step.variants import available  # noqa: E402
+from benchmarks.common.ranks import run_ranks
+from benchmarks.common.report import append_json
+from benchmarks.common.trials import WrongResultError
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import device
+from benchmarks.gpu import steps as gpu_steps
+from benchmarks.step.models import MODELS
+from benchmarks.step.replica import Replica
+from benchmarks.step.variants import available
 
 CPU = torch.device("cpu")
 
