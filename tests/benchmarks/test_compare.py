@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("rich")  # what the benchmarks print with
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
-
-from benchmarks.compare import __main__ as compare_trees  # noqa: E402
+from benchmarks.compare import __main__ as compare_trees
 
 
 def write_tree(folder: Path, ratio: float) -> Path:
