@@ -16,42 +16,46 @@ from fastddp.data_parallel.workers import Workers
 
 
 class DataParallel(nn.DataParallel[nn.Module]):
-    """Splits a batch over replicas of a module and adds their gradients up in the module.
+    """Splits a batch over replicas of a module, and adds up the replicas' gradients in the module.
 
-    Takes the arguments of :class:`torch.nn.DataParallel` and means the same: inputs are split along
-    `dim`, each replica runs its piece in its own thread, outputs are concatenated, and one backward
-    goes through all of it. What differs:
+    It takes the arguments of :class:`torch.nn.DataParallel` and behaves the same: inputs are split
+    along `dim`, each replica runs on its piece in its own thread, outputs are concatenated, and one
+    backward goes through all of it. The differences:
 
-    * Threads stay between steps, and so do the replicas' parameters. A copy on another device is
-      made anew only when its parameter was written to. A write through ``.data`` or a raw pointer
-      is not seen; say :meth:`forget_replicas` after it.
-    * A device may be named several times, also ``"cpu"``. Its replicas share the parameters' memory
-      and divide the intra-op threads among them. In a backward on the CPU, autograd uses the
-      calling thread alone. Random numbers on a device named several times come from one generator,
-      in whatever order the threads run.
-    * A replica's ``parameters()`` are the replica's; in torch's class there are none.
-    * A parameter that no replica used has no gradient; in torch's class it is zero.
-    * Inputs that split into different numbers of pieces are an error; torch's class drops what has
-      no partner.
+    * Threads stay between steps, and so do the replicas' parameters. A parameter is copied to
+      another device again only after it was written to. Writes through ``.data`` or a raw pointer
+      are not noticed; call :meth:`forget_replicas` after them.
+    * A device may be named several times, also ``"cpu"``. The replicas on one device share the
+      parameters' memory and divide the intra-op threads among them. A backward on the CPU runs in
+      the calling thread alone. Replicas on one device draw random numbers from one generator, in
+      the order in which their threads happen to run.
+    * ``parameters()`` of a replica are the replica's own; in torch's class a replica has none.
+    * A parameter that no replica used has no gradient; in torch's class its gradient is zero.
+    * Inputs that split into different numbers of pieces are an error; torch's class drops the
+      pieces that are left over.
 
-    It is a subclass, so that tools which unwrap ``.module`` of torch's class do so here, but none
-    of torch's ``__init__`` runs, which on a machine without a GPU would throw `device_ids` away.
+    It is a subclass of torch's class, so that tools which unwrap ``.module`` of torch's class do so
+    here. Torch's ``__init__`` does not run, because on a machine without a GPU it would discard
+    `device_ids`.
 
-    As in torch's class, what the first replica writes into buffers in place stays and what the
-    others write is lost, as are attributes that a forward assigns; hooks of the module and its
-    submodules run once per replica; a scalar output becomes a vector, one element per replica.
+    As in torch's class, writes of the first replica into its buffers stay, and those of the others
+    are lost, as are attributes that a forward assigns. Hooks of the module and its submodules run
+    once per replica. A scalar output becomes a vector with one element per replica.
+
+    It works within one process and communicates with no other: nothing of it is collective.
+    Forwards of one instance may run in several threads at once.
 
     Args:
-        module: the module, its parameters and buffers on the first device.
-        device_ids: the devices, one per replica; integers are GPUs. By default all GPUs, and
-            without one the module is called as it is.
-        output_device: where outputs are gathered, by default on the first device.
-        dim: the dimension of the batch, in inputs and outputs.
+        module: the module to replicate, with its parameters and buffers on the first device.
+        device_ids: the devices, one per replica; an integer stands for a GPU. By default all GPUs.
+            On a machine without a GPU the module is then called directly, without replicas.
+        output_device: the device on which outputs are gathered, by default the first device.
+        dim: the dimension of inputs and outputs along which the batch lies.
 
     Raises:
-        TypeError: if `module` is no module.
-        ValueError: if there are no devices in `device_ids`, or devices of several types; or if the
-            module, or one in it, is wrapped for data parallelism between processes.
+        TypeError: if `module` is not a :class:`torch.nn.Module`.
+        ValueError: if `device_ids` is empty or names devices of several types, or if the module or
+            one of its submodules is wrapped for data parallelism between processes.
 
     Example::
 
@@ -102,10 +106,22 @@ class DataParallel(nn.DataParallel[nn.Module]):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the replicas on their pieces of the batch and returns the gathered outputs.
 
+        Args:
+            *inputs: the arguments of the module's forward. Every tensor in them, at any depth of
+                lists, tuples, mappings and dataclasses, is split along the batch dimension. All
+                else goes to every replica as it is.
+            **kwargs: the keyword arguments of the module's forward, which are split the same way.
+
+        Returns:
+            The module's output for the whole batch, on the output device. Tensors are concatenated
+            along the batch dimension; scalars become a vector with one element per replica.
+
         Raises:
             RuntimeError: if the module is not on the first device, or if a forward wrote to a
-                parameter whose memory replicas share.
-            ValueError, TypeError: if inputs cannot be split or outputs not be put together.
+                parameter while other replicas shared its memory.
+            ValueError: if inputs cannot be split, or outputs do not have the same structure.
+            TypeError: if replicas return different values that are not tensors.
+            NotImplementedError: if a submodule is compiled.
         """
         if not self.device_ids:
             return self.module(*inputs, **kwargs)
@@ -120,14 +136,28 @@ class DataParallel(nn.DataParallel[nn.Module]):
         self._check_unwritten(shared)
         return self.gather(outputs, self.output_device)
 
-    # ---- the four parts, by torch's names, for subclasses that replace one -----------------------
+    # ---- the four parts, under torch's names, so that a subclass can replace one -----------------
 
     def scatter(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any] | None, device_ids: Sequence[Any]
     ) -> Any:
-        """Returns a tuple of arguments and a dict of keyword arguments for each replica.
+        """Splits the arguments of forward into one piece per replica.
 
-        Without any arguments there is one replica; with none that is a tensor there are all.
+        Without arguments there is one piece. With arguments but without a tensor in them, each
+        device gets the same arguments.
+
+        Args:
+            inputs: the arguments, as :meth:`forward` takes them.
+            kwargs: the keyword arguments, as :meth:`forward` takes them.
+            device_ids: the devices that the pieces go to.
+
+        Returns:
+            Two lists of equal length, with a tuple of arguments and a dict of keyword arguments for
+            each replica. There may be fewer of them than devices.
+
+        Raises:
+            ValueError: if a tensor cannot be split along the batch dimension, or tensors split into
+                different numbers of pieces.
         """
         if not inputs and not kwargs:
             return [()], [{}]
@@ -135,7 +165,19 @@ class DataParallel(nn.DataParallel[nn.Module]):
         return [args for args, _ in pieces], [named for _, named in pieces]
 
     def replicate(self, module: nn.Module, device_ids: Sequence[Any]) -> list[nn.Module]:
-        """Returns one replica per device."""
+        """Makes the replicas of a module.
+
+        Args:
+            module: the module to replicate, on the first of the devices.
+            device_ids: the devices, one per replica.
+
+        Returns:
+            One replica per device, in the order of the devices.
+
+        Raises:
+            NotImplementedError: if a submodule is compiled.
+            RuntimeError: if a submodule is lazy and not initialised yet.
+        """
         return self._replicator.replicate(module, [_device(d) for d in device_ids])
 
     def parallel_apply(
@@ -143,8 +185,17 @@ class DataParallel(nn.DataParallel[nn.Module]):
     ) -> list[Any]:
         """Calls each replica in its thread, in the caller's grad, inference and autocast modes.
 
+        Args:
+            replicas: the replicas, one per device.
+            inputs: a tuple of arguments for each replica.
+            kwargs: a dict of keyword arguments for each replica.
+
+        Returns:
+            The outputs of the replicas, in their order.
+
         Raises:
-            BaseException: what the first replica that failed raised, with its number and device.
+            BaseException: the exception of the first replica that failed. The message begins with
+                the number of the replica and its device.
         """
         devices = self.device_ids[: len(replicas)]
         run = functools.partial(_run, modes=_modes(self.device_ids[0].type))
@@ -156,7 +207,19 @@ class DataParallel(nn.DataParallel[nn.Module]):
         return self._workers.run(tasks, places)
 
     def gather(self, outputs: Any, output_device: Any) -> Any:
-        """Returns the replicas' outputs as one."""
+        """Puts the replicas' outputs together.
+
+        Args:
+            outputs: the outputs of the replicas, in their order, all of the same structure.
+            output_device: the device that the result is on.
+
+        Returns:
+            One output of that structure, as :meth:`forward` returns it.
+
+        Raises:
+            ValueError: if the outputs do not have the same structure.
+            TypeError: if replicas return different values that are not tensors.
+        """
         return gather(outputs, _device(output_device), self.dim)
 
     # ---- upkeep ----------------------------------------------------------------------------------
@@ -175,14 +238,21 @@ class DataParallel(nn.DataParallel[nn.Module]):
                 )
 
     def _shared(self, devices: Sequence[torch.device]) -> list[tuple[str, nn.Parameter, int]]:
-        """Lists the parameters whose memory several replicas have, with their versions."""
+        """Lists the parameters that several replicas share, each with its name and version."""
         if devices.count(devices[0]) < 2:
             return []
         named = self.module.named_parameters()
         return [(name, param, param._version) for name, param in named if not param.is_inference()]
 
     def _check_unwritten(self, shared: Sequence[tuple[str, nn.Parameter, int]]) -> None:
-        """Refuses a forward that wrote to parameters, since other replicas were reading them."""
+        """Refuses a forward that wrote to parameters while other replicas were reading them.
+
+        Args:
+            shared: the parameters that replicas share, with the versions from before the forward.
+
+        Raises:
+            RuntimeError: if the version of a parameter has changed.
+        """
         for name, param, version in shared:
             if param._version != version:
                 raise RuntimeError(
@@ -193,7 +263,13 @@ class DataParallel(nn.DataParallel[nn.Module]):
 
 
 def _refuse_wrapped(module: nn.Module) -> None:
-    """Refuses replicas of what averages gradients between processes: each would do so by itself."""
+    """Refuses a module that averages gradients between processes.
+
+    Each of its replicas would average for itself, and the processes would wait for each other.
+
+    Raises:
+        ValueError: if the module or one of its submodules is such a wrapper.
+    """
     for name, child in module.named_modules():
         if isinstance(child, nn.parallel.DistributedDataParallel):
             place = f"its submodule '{name}'" if name else "the module"
@@ -222,7 +298,13 @@ def _run(
 
 
 def _modes(device_type: str) -> list[Callable[[], Any]]:
-    """Returns what brings another thread into this thread's modes."""
+    """Returns functions that make context managers for the modes that this thread is in.
+
+    Entered in another thread, they bring that thread into the same modes.
+
+    Args:
+        device_type: the type of the replicas' devices, such as ``"cuda"``.
+    """
     modes: list[Callable[[], Any]] = [
         functools.partial(torch.inference_mode, torch.is_inference_mode_enabled()),
         functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
@@ -247,5 +329,9 @@ def _all_gpus() -> list[torch.device]:
 
 
 def _current_stream(device: torch.device) -> torch.Stream | None:
-    """Returns the caller's stream: a new thread would use the default one, unordered with it."""
+    """Returns the stream of the calling thread; None on the CPU.
+
+    A replica's thread has to run on it. By default a thread uses the device's default stream, which
+    is not ordered with the caller's stream.
+    """
     return None if device.type == "cpu" else torch.accelerator.current_stream(device)

@@ -1,4 +1,7 @@
-"""Tensors of one dtype side by side in one flat tensor, each in its own memory layout."""
+"""Packs tensors of one dtype side by side into one flat tensor, each in its own memory layout.
+
+Packed tensors go from device to device in one transfer.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,36 @@ from torch import Tensor
 from fastddp.device.flat import DTYPES, flatten
 
 ALIGN_BYTES = 256
-"""Tensors that can be flattened begin at multiples of it, as matrix multiplication likes its
-operands: cuBLAS picks its kernel by their alignment, up to this much."""
+"""Tensors that :func:`fastddp.flatten` takes begin at multiples of this many bytes.
+
+cuBLAS chooses the kernel of a matrix multiplication by the alignment of its operands, up to this
+much, so that packed parameters are as fast as others."""
 
 
 class Layout(NamedTuple):
-    """How a tensor lies in memory that it fills without gaps."""
+    """The order of a tensor's elements in memory that it fills without gaps.
+
+    Attributes:
+        shape: the shape of the tensor.
+        strides: the distance in memory between neighbours along each dimension, in elements.
+    """
 
     shape: torch.Size
     strides: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
-        """Returns the tensor's own layout, or row after row if it has gaps or overlaps."""
+        """Returns the tensor's own layout, or the contiguous one if it has gaps or overlaps."""
         if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
             return cls(tensor.shape, tensor.stride())
         return cls(tensor.shape, torch.empty(tensor.shape, device="meta").stride())
 
     def laid(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor with these values that lies so: itself, if it does."""
+        """Returns a tensor with the same values in this layout: the tensor itself if it fits.
+
+        Args:
+            tensor: a tensor of this shape, of any strides.
+        """
         if not self._is_of(tensor.stride()) or tensor.is_neg() or tensor.is_conj():
             new = torch.empty_strided(*self, dtype=tensor.dtype, device=tensor.device)
             return new.copy_(tensor)
@@ -43,14 +57,19 @@ class Layout(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Where each of several tensors lies in their flat one."""
+    """The places of several tensors in one flat tensor.
+
+    Attributes:
+        dtype: the dtype of the tensors and of the flat tensor.
+        layouts: the memory layout of each tensor.
+        offsets: the index in the flat tensor at which each tensor begins, in elements.
+        numel: the number of elements of the flat tensor.
+    """
 
     dtype: torch.dtype
     layouts: tuple[Layout, ...]
     offsets: tuple[int, ...]
-    """In elements."""
     numel: int
-    """Of the flat tensor."""
 
     @classmethod
     def of(cls, layouts: Sequence[Layout], dtype: torch.dtype) -> Packing:
@@ -63,13 +82,17 @@ class Packing(NamedTuple):
         return cls(dtype, tuple(layouts), tuple(offsets), end)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns a new flat tensor with these values. What lies between them is undefined.
+        """Copies tensors into a new flat tensor.
 
         Args:
-            tensors: of the packing's shapes and dtype, of any strides, on one device.
+            tensors: the tensors to pack, of the packing's shapes and dtype, of any strides, all on
+                one device.
+
+        Returns:
+            The flat tensor, shape ``(numel,)``. Elements between the tensors are undefined.
         """
         laid = [layout.laid(t) for layout, t in zip(self.layouts, tensors, strict=True)]
-        # In the order of memory, where `flatten` goes by rows.
+        # As vectors in the order of memory: `flatten` would copy a matrix row by row.
         vectors = [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in laid]
         if self.dtype not in DTYPES:
             return torch.cat([vector.reshape(-1) for vector in vectors])
@@ -77,9 +100,54 @@ class Packing(NamedTuple):
         return flatten(vectors, out=flat, offsets=self.offsets)
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
-        """Returns tensors that share the flat one's memory, but no version counter.
+        """Returns the packed tensors as aliases of a flat tensor.
 
-        With one counter, a write to one would look to autograd like a write to all.
+        Each has a version counter of its own. With one common counter, a write to one of them would
+        look to autograd like a write to all.
+
+        Args:
+            flat: a flat tensor of this packing, shape ``(numel,)``.
         """
         pairs = zip(self.layouts, self.offsets, strict=True)
         return [flat.as_strided(*layout, offset).data for layout, offset in pairs]
+
+
+def has_plain_memory(tensor: Tensor) -> bool:
+    """Returns whether it is plain memory: not sparse, quantized or made of other tensors."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+@torch.no_grad()
+def fused_copies(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[list[Tensor]]:
+    """Copies tensors to each of several devices, in one transfer for each dtype and device.
+
+    Args:
+        tensors: the tensors to copy, of any dtypes and shapes, all on one device.
+        devices: the devices to copy to.
+
+    Returns:
+        For each device the copies, in the order of ``tensors``. They are in new memory, so a graph
+        that still refers to an earlier copy keeps its values.
+    """
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    copies = [list(tensors) for _ in devices]
+    for index, tensor in enumerate(tensors):
+        if has_plain_memory(tensor):
+            by_dtype.setdefault(tensor.dtype, []).append(index)
+        else:  # cannot be packed, so it travels by itself
+            for row, device in zip(copies, devices, strict=True):
+                row[index] = tensor.to(device, copy=True)
+    if not devices:
+        return []
+    for dtype, indices in by_dtype.items():
+        packing = Packing.of([Layout.of(tensors[index]) for index in indices], dtype)
+        flat = packing.pack([tensors[index] for index in indices])
+        for row, device in zip(copies, devices, strict=True):
+            moved = packing.unpack(flat.to(device, non_blocking=True, copy=True))
+            for index, copy in zip(indices, moved, strict=True):
+                row[index] = copy
+    return copies

@@ -1,4 +1,4 @@
-"""Taking a batch apart for several replicas, and putting what they return together again."""
+"""Splits a batch into pieces for several replicas, and puts the replicas' outputs together."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from fastddp.device.nested import tensors_in
 
 
 def scatter(tree: Any, devices: Sequence[torch.device], dim: int = 0) -> list[Any]:
-    """Splits every tensor of a nested structure along `dim`, one piece per device.
+    """Splits every tensor of a nested structure along `dim`, into one piece per device.
 
-    As :meth:`torch.Tensor.chunk` does it: the pieces are of equal size but for the last, and there
-    may be fewer pieces than devices. Containers are made anew for each piece, whatever else is in
-    them is the same object in all. Without a tensor there is one copy per device.
-
-    A piece on the tensor's own device shares its memory.
+    Tensors are split as by :meth:`torch.Tensor.chunk`: all pieces but the last have equal sizes,
+    and there may be fewer pieces than devices. A piece on the tensor's own device shares its
+    memory.
 
     Args:
-        tree: tensors in lists, tuples, namedtuples, mappings and dataclasses, nested in any way.
-        devices: where the pieces go, at least one.
-        dim: the dimension of the batch.
+        tree: tensors in lists, tuples, namedtuples, mappings and dataclasses, nested to any depth.
+        devices: the devices that the pieces go to, at least one.
+        dim: the dimension along which the batch lies.
+
+    Returns:
+        One structure per piece. Each has new containers; objects that are not tensors are the same
+        in all of them. If there is no tensor, there is one structure per device.
 
     Raises:
-        ValueError: if a tensor has no such dimension, or tensors split into different numbers of
-            pieces, so that some of a batch would be left out.
+        ValueError: if a tensor does not have this dimension, or tensors split into different
+            numbers of pieces, so that a part of the batch would be left out.
     """
     pieces: dict[int, tuple[Tensor, ...]] = {}
     for tensor in tensors_in(tree):
@@ -41,14 +43,15 @@ def scatter(tree: Any, devices: Sequence[torch.device], dim: int = 0) -> list[An
         raise ValueError(
             f"fastddp.DataParallel: along dimension {dim} one input splits into {few} piece(s), the"
             f" first of shape {tuple(counts[few][0].shape)}, and another into {many}, the first of"
-            f" shape {tuple(counts[many][0].shape)}; expand() what is no batch to the size of the"
-            " batch, or make it a buffer of the module"
+            f" shape {tuple(counts[many][0].shape)};"
+            " expand() inputs without a batch dimension to the size of the batch, or make them"
+            " buffers of the module"
         )
     count = next(iter(counts), len(devices))
     moved = {
         key: [
             piece.to(device, non_blocking=True)
-            for piece, device in zip(split, devices, strict=False)  # there may be fewer pieces
+            for piece, device in zip(split, devices, strict=False)  # may be fewer pieces
         ]
         for key, split in pieces.items()
     }
@@ -68,25 +71,28 @@ def _split(tensor: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
     pieces = tensor.chunk(count, dim)
     if tensor.requires_grad:
         return pieces
-    # Pieces of one tensor share its autograd metadata, which replicas that write to their piece
-    # in place would change in several threads. Nothing of it is needed here.
+    # Pieces of one tensor share autograd's records about it. Replicas that write to their pieces in
+    # place would change these records in several threads. Without a gradient they are not needed.
     return tuple(piece.detach() for piece in pieces)
 
 
 def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
     """Concatenates the tensors of equally nested structures along `dim`, on one device.
 
-    Tensors without dimensions are stacked to a vector. What is no tensor must be equal in all
-    structures, and is taken from the first.
+    Tensors without dimensions are stacked to a vector. Other objects must be equal in all
+    structures, and are taken from the first.
 
     Args:
-        outputs: one structure per replica, as :func:`scatter` takes them.
-        device: where the results go.
-        dim: the dimension of the batch.
+        outputs: one structure per replica, of the kinds that :func:`scatter` takes.
+        device: the device that the result is on.
+        dim: the dimension along which the batch lies.
+
+    Returns:
+        A structure like the first one, with concatenated tensors.
 
     Raises:
-        TypeError: if something that is no tensor differs between the structures.
-        ValueError: if containers of the same place differ in length or keys.
+        TypeError: if an object that is not a tensor differs between the structures.
+        ValueError: if containers at the same place differ in length or keys.
     """
 
     def join(leaves: Sequence[Any]) -> Any:
@@ -99,7 +105,7 @@ def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
         for number, other in enumerate(leaves):
             if not _equal(first, other):
                 raise TypeError(
-                    "fastddp.DataParallel: replicas return different values that are no tensors,"
+                    "fastddp.DataParallel: replicas return different values that are not tensors,"
                     f" {_brief(first)} (replica 0) and {_brief(other)} (replica {number}); return"
                     " tensors, which are concatenated"
                 )
@@ -109,10 +115,18 @@ def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
 
 
 def rebuild(trees: Sequence[Any], leaf: Callable[[Sequence[Any]], Any]) -> Any:
-    """Returns a structure like the first one, each leaf made from those of all structures.
+    """Makes one structure of several equally nested ones.
+
+    Args:
+        trees: the structures, at least one.
+        leaf: the function that makes a leaf of the result from the leaves at the same place in all
+            structures.
+
+    Returns:
+        A structure like the first one.
 
     Raises:
-        ValueError: if containers of the same place differ in length or keys.
+        ValueError: if containers at the same place differ in length or keys.
     """
     first = trees[0]
     if isinstance(first, Tensor) or any(type(tree) is not type(first) for tree in trees):
@@ -137,7 +151,7 @@ def rebuild(trees: Sequence[Any], leaf: Callable[[Sequence[Any]], Any]) -> Any:
         new = copy.copy(first)
         for field in dataclasses.fields(first):
             value = rebuild([getattr(tree, field.name) for tree in trees], leaf)
-            object.__setattr__(new, field.name, value)  # it may be frozen
+            object.__setattr__(new, field.name, value)  # works for frozen dataclasses too
         return new
     return leaf(trees)
 
@@ -156,7 +170,7 @@ def _equal(a: object, b: object) -> bool:
         return True
     try:
         return type(a) is type(b) and bool(a == b)
-    except (RuntimeError, TypeError, ValueError):  # an array's answer is one per element
+    except (RuntimeError, TypeError, ValueError):  # arrays compare by element, without one answer
         return False
 
 

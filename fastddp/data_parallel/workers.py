@@ -1,4 +1,4 @@
-"""Threads that are kept between calls, and exceptions that travel from them."""
+"""Threads that stay between calls and pass their exceptions to the caller."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch._utils import KeyErrorMessage
 
 
 class Workers:
-    """Runs tasks side by side, the same position always on the same thread.
+    """Runs tasks at the same time, the task at each position always in the same thread.
 
-    Threads are made when they are first needed. They end with this object, or when the
-    interpreter does. A copy, a pickle or a forked child starts with none.
+    A thread is made when it is first needed. Threads end with this object or with the interpreter.
+    A copy, a pickle or a forked child starts without threads.
 
     Each thread gets an equal share of the caller's intra-op threads, so that N tasks use as many
-    cores as one did. May be called from several threads at once.
+    cores as one task did. Several threads may call :meth:`run` at once.
     """
 
     def __init__(self) -> None:
-        # One executor per thread: which thread runs a task must not depend on timing, because
-        # intra-op settings and autograd's sequence numbers, which order a backward, are a thread's.
+        # One executor per thread. Each thread has its own intra-op settings and its own sequence
+        # numbers, by which autograd orders a backward. With one executor for all, timing would
+        # decide which thread runs a task, and so the order of the backward.
         self._threads: list[ThreadPoolExecutor] = []
         self._pid = os.getpid()
 
@@ -32,17 +33,22 @@ class Workers:
         return Workers, ()
 
     def run(self, tasks: Sequence[Callable[[], Any]], places: Sequence[str]) -> list[Any]:
-        """Returns what the tasks return, in their order, once all of them have ended.
+        """Runs tasks and waits until all of them have ended.
 
-        There is no deadline: a task is computation of this process, and cannot vanish.
+        There is no timeout, because the tasks are computations of this process, which cannot
+        disappear like another process.
 
         Args:
-            tasks: what to run.
-            places: where each runs, for the message of an exception.
+            tasks: the functions to run, each in its own thread.
+            places: a description of each task's place, for the message of an exception.
+
+        Returns:
+            The results of the tasks, in their order.
 
         Raises:
-            BaseException: what the first of the tasks that failed raised: the same type, the
-                message preceded by the place and the original traceback.
+            BaseException: the exception of the first task that failed, in the order of the tasks.
+                It has the same type; the message begins with the place and holds the original
+                traceback.
         """
         num_threads = torch.get_num_threads()
         share = max(1, num_threads // len(tasks))
@@ -53,7 +59,8 @@ class Workers:
         try:
             results = [future.result() for future in futures]
         finally:
-            # A thread that set its own share has also set what later threads begin with.
+            # A thread that sets its own number of threads also sets the number with which threads
+            # that are made later begin.
             torch.set_num_threads(num_threads)
         for result, place in zip(results, places, strict=True):
             if isinstance(result, _Failure):
@@ -61,9 +68,10 @@ class Workers:
         return results
 
     def _get(self, count: int) -> list[ThreadPoolExecutor]:
-        if self._pid != os.getpid():  # threads do not survive a fork: their queues would fill
+        if self._pid != os.getpid():  # a fork copies no threads, so nobody would serve the queues
             self._threads, self._pid = [], os.getpid()
-        # Assigned at once, and only ever longer: callers side by side need no lock.
+        # The list is replaced in one assignment and never changed in place, so that threads that
+        # call this at the same time need no lock.
         threads = self._threads
         if len(threads) < count:
             names = (f"fastddp-replica-{index}" for index in range(len(threads), count))
@@ -84,7 +92,8 @@ def _attempt(task: Callable[[], Any], num_threads: int) -> Any:
 class _Failure:
     """An exception on its way to another thread.
 
-    Its traceback travels as text: the frames would keep a whole replica's activations alive.
+    The traceback travels as text, because the frames in it would keep all activations of the
+    replica alive.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -94,14 +103,14 @@ class _Failure:
     def reraise(self, place: str) -> NoReturn:
         kind = type(self._error)
         text = f"Caught {kind.__name__} {place}.\nOriginal {self._text}"
-        # A KeyError shows the repr of its argument, which this one leaves readable.
+        # A KeyError shows the repr of its argument; the repr of this one keeps its line breaks.
         message = KeyErrorMessage(text) if isinstance(self._error, KeyError) else text
         try:
             error = kind(message)
         except Exception:
-            error = self._error  # made from other arguments; keep it, and say the rest beside it
+            error = self._error  # the type takes other arguments: keep it, and add the text to it
             error.__cause__ = RuntimeError(text)
         try:
             raise error
         finally:
-            del error, self._error  # the traceback has this frame: a cycle of all that it holds
+            del error, self._error  # else this frame and the traceback would hold each other alive

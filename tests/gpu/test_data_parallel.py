@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastddp
-from fastddp.data_parallel import replicate
-from fastddp.data_parallel.replicate import _buckets
+from fastddp.data_parallel import stand_ins
+from fastddp.data_parallel.stand_ins import _buckets
 from tests.gpu.common import ONE_GPU, TWO_GPUS, Late, delay, device_events, other_streams
 from tests.models import CASES, loss_of
 
@@ -36,7 +36,7 @@ def test_two_replicas_on_one_gpu_share_memory() -> None:
 @pytest.fixture
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the models of the tests several buckets."""
-    monkeypatch.setattr(replicate, "_BUCKET_BYTES", 500)
+    monkeypatch.setattr(stand_ins, "_BUCKET_BYTES", 500)
 
 
 @two_gpus

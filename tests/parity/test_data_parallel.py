@@ -657,7 +657,7 @@ def test_inputs_that_do_not_split_alike_are_refused(
         (lambda x: x if len(x) == 2 else None, TypeError, r"tensor of shape \(2,\).*None"),
         (lambda x: [x] * len(x), ValueError, "different lengths: 2 .* and 1 "),
         (lambda x: {len(x): x}, ValueError, r"different keys: \[2\] .* and \[1\]"),
-        (lambda x: x.numpy(), TypeError, "no tensors"),
+        (lambda x: x.numpy(), TypeError, "not tensors"),
     ],
 )
 def test_outputs_that_do_not_fit_together_are_refused(

@@ -19,9 +19,11 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddp
-from fastddp.data_parallel import replicate
-from fastddp.data_parallel.packing import ALIGN_BYTES, Layout, Packing
-from fastddp.data_parallel.replicate import Replicator, _behind, _buckets, _Fan, fused_copies
+from fastddp.data_parallel import stand_ins
+from fastddp.data_parallel.fan import Fan, _behind
+from fastddp.data_parallel.packing import ALIGN_BYTES, Layout, Packing, fused_copies
+from fastddp.data_parallel.replicate import Replicator
+from fastddp.data_parallel.stand_ins import _buckets
 from tests.models import CASES, ConvNet, loss_of
 from tests.parity.test_data_parallel import Call, Scale, assert_bits_of_pieces
 
@@ -42,9 +44,9 @@ def _one_thread() -> Iterator[None]:
 def copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give all replicas but the first copies, and the models of the tests several buckets."""
     monkeypatch.setattr(
-        replicate, "_copied", lambda devices: [index > 0 for index in range(len(devices))]
+        stand_ins, "_copied", lambda devices: [index > 0 for index in range(len(devices))]
     )
-    monkeypatch.setattr(replicate, "_BUCKET_BYTES", 500)
+    monkeypatch.setattr(stand_ins, "_BUCKET_BYTES", 500)
 
 
 # --- copies ---------------------------------------------------------------------------------------
@@ -307,7 +309,7 @@ def test_a_forward_may_write_to_its_copies() -> None:
 
 
 def test_parameters_of_one_dtype_share_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicate, "_BUCKET_BYTES", 32)
+    monkeypatch.setattr(stand_ins, "_BUCKET_BYTES", 32)
     params = [
         *(nn.Parameter(torch.ones(4)) for _ in range(3)),
         nn.Parameter(torch.ones(4), requires_grad=False),
@@ -359,7 +361,7 @@ def test_a_bucket_gives_the_bits_of_its_parameters_one_by_one(
 
     def fanned(bucket: list[int]) -> list[Tensor | None]:
         own = [[row[index] for index in bucket] for row in rows]
-        outputs = _Fan.apply(own, *own[0])
+        outputs = Fan.apply(own, *own[0])
         due = [grads[nth][index] for nth in range(replicas) for index in bucket]
         pairs = [(o, g) for o, g in zip(outputs, due, strict=True) if g is not None]
         if not pairs:
@@ -388,7 +390,7 @@ def test_gradients_of_copies_reach_the_parameter_in_replica_order() -> None:
     # In float32 only this order gives 1: 1e8 swallows what is added to it.
     params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))]
     rows = [params, *([p.detach().clone() for p in params] for _ in range(3))]
-    outputs = _Fan.apply(rows, *params)
+    outputs = Fan.apply(rows, *params)
     assert outputs[0].data_ptr() == params[0].data_ptr() != outputs[2].data_ptr()
     factors = [1e8, 3.0, -1e8, 1.0]
     pairs = zip(factors, outputs[::2], outputs[1::2], strict=True)

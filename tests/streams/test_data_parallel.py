@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastddp
-from fastddp.data_parallel import replicate
+from fastddp.data_parallel import fan, stand_ins
 from tests.models import CASES, loss_of
 from tests.ranks import run_ranks
 from tests.slow import slow_but_for
@@ -62,7 +62,7 @@ def train(name: str, devices: Sequence[str], own_streams: bool = False) -> list[
 
 def _train_all(rank: int, world_size: int, devices: Sequence[str], own_streams: bool) -> None:
     device.load()
-    with mock.patch.object(replicate, "_BUCKET_BYTES", 500):
+    with mock.patch.object(stand_ins, "_BUCKET_BYTES", 500):
         for name in NAMES:
             want = train(name, ["cpu"] * len(devices))
             got = train(name, devices, own_streams)
@@ -102,7 +102,7 @@ def _train_without_order(rank: int, world_size: int) -> list[str]:
         yield
 
     device.load()
-    with mock.patch.object(replicate, "_behind", nothing):
+    with mock.patch.object(fan, "_behind", nothing):
         train("mlp", DEVICES, own_streams=True)
     return [found.kind for found in device.findings()]
 
