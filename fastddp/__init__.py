@@ -1,4 +1,4 @@
-"""Data-parallel training for PyTorch.
+"""Data-parallel training for PyTorch: torch's wrapper class with a faster engine behind it.
 
 Example::
 

@@ -1,4 +1,7 @@
-"""The environment variables that fastddp reads, in one place."""
+"""The environment variables of fastddp's own that it reads at run time, in one place.
+
+``docs/environment.md`` lists them with those of the build and of the tests.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import os
 
 
 def engine() -> str | None:
-    """Returns ``FASTDDP_ENGINE``: ``native``, ``python``, or None to choose.
+    """Returns ``FASTDDP_ENGINE``: ``native``, ``python``, or None if fastddp may choose.
 
     Raises:
-        ValueError: if it is set to anything else.
+        ValueError: if the variable is set to anything else.
     """
     value = os.environ.get("FASTDDP_ENGINE") or None
     if value not in (None, "native", "python"):
@@ -18,10 +21,10 @@ def engine() -> str | None:
 
 
 def shm() -> bool:
-    """Returns whether CPU tensors may go through shared memory: unless ``FASTDDP_SHM`` is 0.
+    """Returns whether CPU tensors may go through shared memory: yes unless ``FASTDDP_SHM`` is 0.
 
     Raises:
-        ValueError: if it is set to anything but 0 or 1.
+        ValueError: if the variable is neither 0 nor 1.
     """
     return _is_on("FASTDDP_SHM")
 
@@ -29,24 +32,27 @@ def shm() -> bool:
 def launcher() -> bool:
     """Returns whether variables of srun, mpirun and so on may make this process a rank.
 
-    Unless ``FASTDDP_LAUNCHER`` is 0. Torchrun's variables count in any case.
+    They may unless ``FASTDDP_LAUNCHER`` is 0. Torchrun's variables always may.
 
     Raises:
-        ValueError: if it is set to anything but 0 or 1.
+        ValueError: if the variable is neither 0 nor 1.
     """
     return _is_on("FASTDDP_LAUNCHER")
 
 
 def host_id() -> str | None:
-    """Returns ``FASTDDP_HOST_ID``, by which ranks on one host count as being on several."""
+    """Returns ``FASTDDP_HOST_ID``: ranks with different values count as being on different hosts.
+
+    None if it is not set. Then the ranks that can open each other's memory are one host.
+    """
     return os.environ.get("FASTDDP_HOST_ID") or None
 
 
 def keep_memory() -> bool:
-    """Returns whether ``FASTDDP_KEEP_MEMORY`` is 1, its default, rather than 0.
+    """Returns whether memory of large CPU tensors is kept: yes unless ``FASTDDP_KEEP_MEMORY`` is 0.
 
     Raises:
-        ValueError: if it is set to anything else.
+        ValueError: if the variable is neither 0 nor 1.
     """
     return _is_on("FASTDDP_KEEP_MEMORY")
 

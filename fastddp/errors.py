@@ -4,9 +4,10 @@ from __future__ import annotations
 
 
 class MismatchError(RuntimeError):
-    """The ranks of a group do not do the same thing, or one of them could not do its part.
+    """The ranks of a group do different things, or one of them cannot do its part.
 
-    They wrap models, or gather tensors, that do not fit together. Raised on all of them.
+    For example, they wrap different models, or gather tensors that do not fit together. It is
+    raised on every rank of the group. The message names the ranks and the values on both sides.
     """
 
 
@@ -14,8 +15,9 @@ class RankError(RuntimeError):
     """A rank that :func:`fastddp.spawn` started raised, exited or was killed.
 
     Attributes:
-        rank: which.
-        exit_code: of the process; ``-9`` for one killed by signal 9. None for a rank that raised.
+        rank: the index of the failed rank, from 0 to ``nprocs - 1``.
+        exit_code: the exit status of the rank's process, ``-9`` if signal 9 killed it. None if the
+            rank raised an exception.
     """
 
     def __init__(self, message: str, rank: int, exit_code: int | None = None) -> None:

@@ -1,8 +1,9 @@
 """Finds the compiled extension ``fastddp._C``, or says why it is not used.
 
-The extension holds torch's C++ classes by value, so it only works with the torch it was compiled
-against: with another one it may crash rather than raise. The version recorded at build time is
-therefore compared *before* the library is opened. Nothing happens until :func:`load` is called.
+The extension holds torch's C++ classes by value, so it works only with the torch that it was
+compiled against; with another torch it may crash instead of raising. The version recorded at build
+time is therefore compared *before* the library is opened. Nothing happens until :func:`load` is
+called.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class BuildInfo(NamedTuple):
 
 
 def build_info() -> BuildInfo | None:
-    """Returns what was recorded when fastddp was built, or None if it never was."""
+    """Returns what was recorded when fastddp was built, or None if it was never built."""
     try:
         module = importlib.import_module("fastddp._build_info")
     except ModuleNotFoundError:
@@ -50,7 +51,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def warn_once() -> None:
-    """Warns, once per process, that the Python engine is used for want of the extension."""
+    """Warns, once per process, that the Python engine is used because there is no extension."""
     warnings.warn(
         f"fastddp uses its Python engine, because {why_not()}. Results are the same; each step is"
         " slower, as hooks, bucket copies and launches run one by one under the GIL.",
@@ -61,10 +62,10 @@ def warn_once() -> None:
 
 @functools.cache
 def _find() -> tuple[ModuleType | None, str | None]:
-    import torch  # first: the extension has no path of its own to torch's libraries
+    import torch  # before the extension, which has no path of its own to torch's libraries
 
     built = build_info()
-    running = str(torch.__version__)  # as text: TorchVersion would ignore a local part
+    running = str(torch.__version__)  # a string, because TorchVersion ignores parts such as +cpu
     if built is None:
         return None, f"the extension was never built; install g++, then {BUILD}"
     if built.failed is not None:  # the recorded reason ends with what to do first

@@ -16,7 +16,12 @@ from fastddp.version import __version__
 
 @dataclass(frozen=True)
 class Choice:
-    """Something ``wrap`` would choose here, and why."""
+    """One thing that :func:`fastddp.wrap` would choose here, and the reason.
+
+    Attributes:
+        what: the choice, such as ``native`` or ``cuda:0``; ``none`` where there is no choice.
+        why: the reason for the choice, or the error that :func:`fastddp.wrap` would raise.
+    """
 
     what: str
     why: str
@@ -27,26 +32,34 @@ class Choice:
 
 @dataclass(frozen=True)
 class Info:
-    """The answer of :func:`info`; ``print`` it."""
+    """The answer of :func:`info`, made to be printed."""
 
     version: str
+    """The version of fastddp."""
     torch: str
+    """The version of the torch that is running."""
     extension: str | None
-    """What the extension was compiled for and with, or None where it is not used."""
+    """The torch and the compiler that the extension was built with; None if it is not used."""
     why_no_extension: str | None
+    """The reason why the extension is not used, with the next step; None if it is used."""
     cuda_kernels: str
-    """What they were compiled for and with, or ``none`` and why."""
+    """The CUDA version and architectures that they were built for, or ``none`` and the reason."""
     engines: tuple[str, ...]
+    """The engines that can run here."""
     backends: tuple[str, ...]
-    """The c10d backends that this torch carries."""
+    """The c10d backends that this torch has."""
     cuda_devices: int
+    """The number of CUDA devices that torch sees."""
     launcher: str
-    """Who started this process as a rank and as which, or ``none``; or what is wrong with that."""
+    """The launcher that made this process a rank, and which rank; ``none``, or what is wrong."""
     engine: Choice
+    """The engine that gradients would be averaged by."""
     device: Choice
+    """The device that a model would be moved to."""
     process_group: Choice
+    """The group of ranks that would train the model."""
     memory: Choice
-    """What becomes of large CPU tensors that are freed, see :mod:`fastddp.memory`."""
+    """What happens to the memory of large CPU tensors, see :mod:`fastddp.memory`."""
 
     def __str__(self) -> str:
         rows = {
@@ -76,7 +89,11 @@ class Info:
 def info() -> Info:
     """Reports what is installed and what :func:`fastddp.wrap` would choose in this process.
 
-    It only asks: no process group is made and no device is opened.
+    It makes no process group and opens no device. It is not collective, may be called from any
+    thread, and puts problems into the report instead of raising them.
+
+    Returns:
+        A report with a field for each fact; ``print`` shows it as a table.
     """
     engine, device, process_group = _engine(), _device(), _process_group()
     return Info(
@@ -111,7 +128,7 @@ def _cuda_kernels() -> str:
         return f"built with CUDA {built.cuda} for {built.archs}"
     if built.no_cuda is not None:
         return f"none: {built.no_cuda}, then {extension.BUILD}"
-    return "none: torch is no CUDA build" if torch.version.cuda is None else "none"
+    return "none: torch is not a CUDA build" if torch.version.cuda is None else "none"
 
 
 def _backends() -> tuple[str, ...]:

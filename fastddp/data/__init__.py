@@ -1,1 +1,1 @@
-"""What a rank reads and what it gives back: its share of a dataset, and the ranks' results."""
+"""The data of a rank: its share of a dataset to read, and its results to gather."""

@@ -1,4 +1,4 @@
-"""Results of different lengths, gathered from all ranks without padding in the result."""
+"""Gathers results of different lengths from all ranks, without padding in the result."""
 
 from __future__ import annotations
 
@@ -36,32 +36,40 @@ def gather_unpadded(
     dst: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor | None:
-    """Concatenates the ranks' tensors along dim 0, on every rank. Collective.
+    """Concatenates the ranks' tensors along dim 0.
 
-    The ranks may bring different numbers of rows, also none; there is no padding in the result.
-    Rows go in rank order: all of rank 0's, then all of rank 1's. With ``sampler`` they go in the
-    dataset's order instead, and there is one for each sample that was handed out: what
-    ``pad="wrap"`` repeated is cut off.
+    The ranks may bring different numbers of rows, or none. The result has no padding. The rows are
+    in rank order: all of rank 0's, then all of rank 1's, and so on. With ``sampler`` they are in
+    the dataset's order instead, with one row for each sample: the rows of samples that
+    ``pad="wrap"`` repeated are cut off.
+
+    Collective: every rank of the group calls it, in the same order as the group's other
+    collectives. So do not call it from several threads at once on one group.
 
     Args:
-        tensor: this rank's rows, shape ``(rows, ...)``: any strided dtype, all but dim 0 equal on
-            all ranks. As with ``torch.cat``, a tensor of shape ``(0,)`` fits all, whatever its
-            dtype: a rank that had no batch need not know the shape.
-        sampler: the one that chose this rank's samples, fastddp's or torch's, with
-            ``shuffle=False``; the tensor has one row for each of them, in their order.
-        dst: the only rank of the group that gets the result; by default all do.
-        group: the ranks, by default those of the default group, which is made from a launcher's
-            environment if need be.
+        tensor: this rank's rows, shape ``(rows, ...)``, of any dtype, dense and not quantized. The
+            dtype and all sizes but the first are equal on all ranks. As with ``torch.cat``, a
+            tensor of shape ``(0,)`` fits any others, whatever its dtype is, so that a rank without
+            a batch need not know the shape.
+        sampler: the sampler that chose this rank's samples, fastddp's or torch's, made with
+            ``shuffle=False``. The tensor has one row for each sample, in the sampler's order.
+        dst: the rank in the group that gets the result, where only one needs it; by default all
+            ranks get it.
+        group: the group of ranks, by default the default group. If there is none, it is made from
+            the launcher's environment.
 
     Returns:
-        The rows, in new memory on the tensor's device; None on the other ranks if ``dst`` is given.
-        It has no autograd history: gradients do not flow from one rank to another. Where there is
-        no group, the tensor, detached.
+        The rows of all ranks, shape ``(total rows, ...)``, in new memory on the device of
+        ``tensor``; None on the other ranks if ``dst`` is given. It has no autograd history, because
+        gradients do not flow from one rank to another. In a process without a group, and
+        in a group of one rank, the result is the tensor, detached.
 
     Raises:
-        TypeError, ValueError: if this rank's tensor, sampler, ``dst`` or group is unfit.
-        MismatchError: on every rank, if the ranks' tensors do not fit together or their arguments
-            differ; names ranks and both values. Also when another rank's argument is unfit.
+        TypeError: if this rank's tensor is not a dense tensor, or its sampler not a sampler.
+        ValueError: if this rank's tensor, sampler, ``dst`` or group cannot be used.
+        MismatchError: on every rank, if the ranks' tensors do not fit together or the arguments
+            differ between ranks; the message names the ranks and both values. Also if another rank
+            raised one of the errors above.
 
     Example::
 
@@ -92,7 +100,7 @@ def gather_unpadded(
     shape = tuple(tensor.shape)
     mine = _Offer(shape, tensor.dtype, tensor.device.type, order, f"dst={dst}")
     offers = _agree(group, mine)
-    # Of a rank that brings nothing, neither shape nor dtype count.
+    # A rank that brings nothing has no say in the shape and the dtype.
     like = next((offer for offer in offers if not offer.is_nothing), mine)
     parts = _exchange(group, tensor, like, [offer.num_rows for offer in offers], dst)
     if not parts:
@@ -105,14 +113,16 @@ def gather_unpadded(
 
 
 def interleave(parts: Sequence[Tensor], length: int) -> Tensor:
-    """Undoes a sampler's sharing: row 0 of every part, then row 1 of every part, and so on.
+    """Puts the rows back into the dataset's order: row 0 of every part, then row 1 of every part.
+
+    This undoes a sampler, which gives rank r every sample whose index is r modulo the world size.
 
     Args:
-        parts: by rank, each of shape ``(rows, n)``.
-        length: how many rows to keep.
+        parts: the rows of each rank, in rank order, each of shape ``(rows, n)``.
+        length: the number of rows to keep.
 
     Returns:
-        Shape ``(length, n)``.
+        A new tensor of shape ``(length, n)``.
     """
     result = parts[0].new_empty(length, *parts[0].shape[1:])
     for rank, part in enumerate(parts):
@@ -123,7 +133,7 @@ def interleave(parts: Sequence[Tensor], length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Offer:
-    """What a rank tells the others before the rows travel. All but the number of rows must fit."""
+    """A rank's description of its rows. All but the number of rows must fit the other ranks'."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -132,7 +142,7 @@ class _Offer:
     dst: str
 
     def to_json(self) -> list[Json]:
-        """Returns what :func:`_parse` reads."""
+        """Returns the form in which it travels, for :func:`_parse` to read."""
         name = str(self.dtype).removeprefix("torch.")
         return [list(self.shape), name, self.device_type, self.order, self.dst]
 
@@ -146,10 +156,10 @@ class _Offer:
 
 
 def _parse(received: Any) -> _Offer | str:
-    """Returns what a rank offers, or why it cannot.
+    """Returns a rank's description of its rows, or the text of the error that the rank raised.
 
     Raises:
-        ValueError, TypeError: if it is neither.
+        ValueError, TypeError: if what was received is neither.
     """
     if isinstance(received, str):
         return received[:_MAX_PROBLEM_CHARS]
@@ -168,7 +178,11 @@ def _parse(received: Any) -> _Offer | str:
 def _check(
     tensor: Tensor, sampler: DistributedSampler[int] | None, dst: int | None, rank: int, world: int
 ) -> None:
-    """Raises TypeError or ValueError for what is wrong without looking at other ranks."""
+    """Checks what can be checked without other ranks.
+
+    Raises:
+        TypeError, ValueError: if an argument cannot be used on this rank.
+    """
     name = _NAME
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -201,10 +215,10 @@ def _check(
 
 
 def _agree(group: ProcessGroup, mine: _Offer) -> list[_Offer]:
-    """Returns what each rank offers.
+    """Returns the description of each rank's rows, in rank order. Collective.
 
     Raises:
-        MismatchError: if that does not fit together.
+        MismatchError: on every rank, if the descriptions do not fit together.
     """
     answers = gather_if_different(group, mine.to_json(), _parse, _CALL)
     if answers is None:
@@ -219,7 +233,7 @@ def _agree(group: ProcessGroup, mine: _Offer) -> list[_Offer]:
 
 
 def _differences(offers: Sequence[_Offer]) -> Iterator[str]:
-    """Yields what does not fit together, as a sentence."""
+    """Yields a sentence for each thing that does not fit together."""
     first = next((rank for rank, offer in enumerate(offers) if not offer.is_nothing), 0)
     like = offers[first]
     for rank, offer in enumerate(offers):
@@ -252,9 +266,14 @@ def _exchange(
     num_rows: Sequence[int],
     dst: int | None,
 ) -> list[Tensor]:
-    """Returns the ranks' rows as bytes, each of shape ``(rows, n)``; nothing if not for this rank.
+    """Exchanges the rows of all ranks as bytes. Collective.
 
-    Bytes, because every backend takes them, but not every dtype. They travel padded to the longest.
+    Bytes, because every backend sends them but not every backend sends every dtype. Each rank's
+    rows are padded to the longest on their way.
+
+    Returns:
+        The rows of each rank, in rank order, each of shape ``(rows, n)`` and dtype uint8; nothing
+        on a rank that is not the destination.
     """
     device = communication_device(group)
     if like.device_type in [device.type for device in group._device_types]:

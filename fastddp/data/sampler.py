@@ -1,4 +1,4 @@
-"""Which samples of a dataset a rank sees: torch's sampler, and one that shares without padding."""
+"""Chooses the samples that a rank sees: torch's sampler, and ways to share without padding."""
 
 from __future__ import annotations
 
@@ -16,37 +16,43 @@ Pad = Literal["wrap", "none", "drop"]
 
 
 class DistributedSampler(torch.utils.data.DistributedSampler[int]):
-    """Gives every rank its share of a dataset: of the (shuffled) order, each world-th sample.
+    """Gives every rank its share of a dataset, as indices.
 
-    Like torch's class of this name, with the same order for the same seed and epoch, and with
-    ``pad``. It also works where there is no process group: in a launcher's process before the group
-    is made, and in a plain process, which gets the whole dataset.
+    The dataset's indices are shuffled if asked for. Of ``num_replicas`` ranks, rank r gets those at
+    positions r, r + ``num_replicas``, r + 2 ``num_replicas`` and so on.
+
+    It is a subclass of :class:`torch.utils.data.DistributedSampler` and gives the same order for
+    the same seed and epoch. It adds ``pad``, and works without a process group too: in a launched
+    process before the group is made, and in a plain process, which gets the whole dataset.
+
+    Nothing of it is collective. One sampler is meant for one thread at a time.
 
     Args:
-        dataset: anything with a length.
-        num_replicas: how many ranks share it; by default as many as the group, or a launcher's
-            environment, has.
-        rank: whose share this is; by default this process's.
-        shuffle: whether :meth:`set_epoch` chooses a random order, else it is the dataset's.
-        seed: of that order; the same on all ranks.
+        dataset: the dataset, or any object that has a length.
+        num_replicas: the number of ranks that share the dataset; by default the size of the default
+            group, or else of the launcher's world.
+        rank: the rank that gets this share; by default this process's rank.
+        shuffle: whether the order is random, another one for each epoch that :meth:`set_epoch`
+            names; else it is the dataset's order.
+        seed: the seed of the random order; it has to be the same on all ranks.
         drop_last: torch's name for ``pad="drop"``.
-        pad: what to do with a dataset that cannot be shared equally.
+        pad: the way to share a dataset of a length that ``num_replicas`` does not divide.
 
-            * ``"wrap"``, the default: repeat samples from the order's start, as torch does. For
-              training, where every rank needs the same number of batches.
-            * ``"drop"``: leave out the order's tail.
-            * ``"none"``: neither; the first ranks get one sample more than the last ones. For exact
-              evaluation, with :func:`fastddp.gather_unpadded`. Ranks may have different numbers of
-              batches, or none, so call ``model.module`` in the loop: a wrapped forward may
-              communicate, and would then wait for a rank that is through.
+            * ``"wrap"``, the default: repeat samples from the start of the order, as torch does.
+              For training, where every rank needs the same number of batches.
+            * ``"drop"``: leave out the last samples of the order.
+            * ``"none"``: do neither; the first ranks get one sample more than the last ones. For
+              exact evaluation, with :func:`fastddp.gather_unpadded`. Ranks may have different
+              numbers of batches, or none, so call ``model.module`` in the loop: a forward of the
+              wrapper may communicate, and would then wait for a rank that has finished.
 
     Warns:
-        UserWarning: on rank 0, if a second pass begins and :meth:`set_epoch` was never called, so
-            that it has the first one's order; and if ``"drop"`` leaves no sample at all.
+        UserWarning: on rank 0, if a second pass begins before :meth:`set_epoch` was ever called, so
+            that it repeats the order of the first pass; and if ``"drop"`` leaves no sample at all.
 
     Raises:
-        ValueError: if ``pad`` is unknown or contradicts ``drop_last``, or ``rank`` and
-            ``num_replicas`` do not go together.
+        ValueError: if ``pad`` is unknown or contradicts ``drop_last``, or if ``rank`` and
+            ``num_replicas`` do not fit together.
         RuntimeError: if the environment describes half a process group.
 
     Example::
@@ -73,7 +79,7 @@ class DistributedSampler(torch.utils.data.DistributedSampler[int]):
             pad = "drop" if drop_last else "wrap"
         if pad not in ("wrap", "none", "drop"):
             raise ValueError(
-                f"fastddp.DistributedSampler: pad={pad!r} is none of 'wrap', 'none', 'drop'"
+                f"fastddp.DistributedSampler: pad={pad!r} is not one of 'wrap', 'none', 'drop'"
             )
         if drop_last and pad != "drop":
             raise ValueError(
@@ -87,7 +93,7 @@ class DistributedSampler(torch.utils.data.DistributedSampler[int]):
         self.pad: Pad = pad
         length = len(cast(Sized, dataset))
         if pad == "none":
-            # torch's __iter__ pads up to total_size, and checks what it yields against num_samples.
+            # torch's __iter__ pads to total_size, and checks that it yields num_samples indices.
             self.total_size = length
             self.num_samples = len(range(rank, length, num_replicas))
         self._epoch_was_set = False
@@ -97,7 +103,7 @@ class DistributedSampler(torch.utils.data.DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         self._passes += 1
-        forgotten = not self._epoch_was_set and self.epoch == 0  # some set the attribute
+        forgotten = not self._epoch_was_set and self.epoch == 0  # scripts may assign `epoch` too
         if self.shuffle and self._passes == 2 and forgotten:
             self._warn(
                 "a second pass begins in the order of the first one; call"
@@ -106,7 +112,11 @@ class DistributedSampler(torch.utils.data.DistributedSampler[int]):
         return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the passes that begin from now on. Call it alike on all ranks."""
+        """Chooses the order of the passes that begin from now on.
+
+        Args:
+            epoch: the number of the epoch, from 0; it has to be the same on all ranks.
+        """
         self._epoch_was_set = True
         super().set_epoch(epoch)
 
@@ -118,8 +128,13 @@ class DistributedSampler(torch.utils.data.DistributedSampler[int]):
 
 
 def _find_place(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    """Returns the number of ranks and this one, as far as they were not given."""
-    # Whoever gives both need not be in an environment that makes sense.
+    """Returns the number of ranks and this process's rank, from the arguments where given.
+
+    Raises:
+        ValueError: if there is no way to find out, or the two do not fit together.
+        RuntimeError: if the environment describes half a process group.
+    """
+    # With both given, the environment is not looked at: it need not make sense.
     known = _known_place() if num_replicas is None or rank is None else None
     if num_replicas is None:
         num_replicas = known[0] if known else 1
@@ -141,7 +156,10 @@ def _find_place(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
 
 
 def _known_place() -> tuple[int, int] | None:
-    """Returns world size and rank of the group or else the launcher's; None if there is neither."""
+    """Returns the world size and the rank, by the default group or else by the launcher.
+
+    None if there is neither a group nor a launcher.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size(), dist.get_rank()
     environment = describe_environment()

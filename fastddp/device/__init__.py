@@ -1,1 +1,1 @@
-"""What is true of tensors, autograd and streams of one process: no ranks, no groups."""
+"""Tensors, autograd and streams within one process. Nothing here knows ranks or groups."""

@@ -1,4 +1,4 @@
-"""When a backward reaches the outputs of a forward, and when it is over."""
+"""Callbacks for two moments: backward reaches an output of forward, and backward is over."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from fastddp.device.compiler import untraced
 
 
 def in_backward() -> bool:
-    """Returns whether this thread runs a part of a backward."""
+    """Returns whether this thread is running a part of a backward."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    """Waits for another thread to get something done, unless this one is inside a backward.
+    """Waits until another thread has done something, unless this thread is inside a backward.
+
+    Inside a backward it does not wait, because this thread may itself be needed to finish it.
+
+    Args:
+        done: a function that returns whether the thing has been done. It is called repeatedly.
+        timeout_s: the longest wait in seconds.
 
     Returns:
-        Whether it is done, or not to be waited for; False after ``timeout_s``.
+        False if ``timeout_s`` passed without it, else True.
     """
     if done() or in_backward():
         return True
@@ -30,7 +36,12 @@ def wait_until(done: Callable[[], bool], timeout_s: float = 10.0) -> bool:
 
 
 def on_backward(outputs: Iterable[torch.Tensor], begin: Callable[[], None]) -> None:
-    """Has ``begin`` called whenever a backward reaches one of these, once for each of them."""
+    """Has a function called whenever a backward reaches one of these tensors.
+
+    Args:
+        outputs: the tensors that a forward returned. Those without a graph are passed over.
+        begin: the function to call, once for each tensor that is reached.
+    """
 
     @untraced
     def hook(_: torch.Tensor) -> None:
@@ -42,19 +53,24 @@ def on_backward(outputs: Iterable[torch.Tensor], begin: Callable[[], None]) -> N
 
 
 def at_end_of_backward(end: Callable[[bool], None]) -> None:
-    """Has ``end`` called when the backward that runs now is over.
+    """Has a function called when the backward that is running now is over.
 
-    Within one that a re-entrant checkpoint runs, that is the inner one.
+    Inside a backward that a re-entrant checkpoint runs, this means the inner one.
 
     Args:
-        end: called with True after what was asked for before, or with False if backward raised. In
-            the latter case it is called by a destructor, and what it raises is lost.
+        end: the function to call: with True, after all functions that were registered before it,
+            or with False if backward raised. With False it is called by a destructor, so an
+            exception that it raises then is lost.
     """
     torch.autograd.Variable._execution_engine.queue_callback(_End(end))
 
 
 class _End:
-    """Lives in the backward's list of callbacks: called at its end, or dropped when it raised."""
+    """An entry in autograd's list of callbacks: called at the end, or dropped if backward raised.
+
+    Autograd does not call its callbacks after an exception, it only drops them. So the destructor
+    is the one place that hears of the exception.
+    """
 
     def __init__(self, end: Callable[[bool], None]) -> None:
         self._end: Callable[[bool], None] | None = end

@@ -1,13 +1,14 @@
 """Keeps `torch.compile` out of the wrapper's own code, and lets it into the model that it calls.
 
-torch's class is on the compiler's list of files to leave alone. The list is part of the compiler,
-whose import takes a second, so the functions here are marked one by one instead. A mark is two
-things: an attribute of the function, which the compiler reads before it inlines a call, and a
-strategy of its code, which torch's interpreter hook reads before it runs a frame. Without marks the
-compiler would trace what waits for other ranks, and its guards would watch what changes each step.
+torch's class is on the compiler's list of files to leave alone. That list is part of the compiler,
+which takes a second to import, so fastddp's functions are marked one by one instead. A mark has two
+parts: an attribute of the function, which the compiler reads before it inlines a call, and a
+strategy for the function's code, which torch's interpreter hook reads before it runs a frame.
+Without marks the compiler would trace code that waits for other ranks, and its guards would watch
+values that change in every step.
 
-Marks go on plain functions, below any other decorator: they are on the code, and a decorator's is
-everybody's.
+Marks go on plain functions, below any other decorator. They belong to the code object, and all
+functions that a decorator returns share one code object.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def untraced(function: _Function) -> _Function:
-    """Marks a function that is not to be compiled, nor is anything that it calls."""
+    """Marks a function so that neither it nor anything that it calls is compiled."""
     _mark(function, calls_too=True)
     return function
 
 
 def untraced_itself(function: _Function) -> _Function:
-    """Marks a function that is not to be compiled, while what it calls is."""
+    """Marks a function so that it is not compiled itself, while the functions that it calls are."""
     _mark(function, calls_too=False)
     return function
 
@@ -38,7 +39,7 @@ def _mark(function: Any, *, calls_too: bool) -> None:
             _FrameExecStrategy,
             set_code_exec_strategy,
         )
-    except ImportError:  # a torch without this interface: the compiler will try, and cut
+    except ImportError:  # a torch without this interface; the compiler breaks the graph instead
         return
     calls = _FrameAction.SKIP if calls_too else _FrameAction.DEFAULT
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, calls))
@@ -47,12 +48,13 @@ def _mark(function: Any, *, calls_too: bool) -> None:
 
 
 def refuse_compiled_autograd() -> None:
-    """Raises where backward itself is compiled, which changes when gradients exist.
+    """Raises if backward itself is compiled, because gradients then appear at other times.
 
     Raises:
-        NotImplementedError: under `torch._dynamo.config.compiled_autograd`.
+        NotImplementedError: if `torch._dynamo.config.compiled_autograd` is on.
     """
-    state = sys.modules.get("torch._dynamo.compiled_autograd")  # imported by whoever turns it on
+    # Turning it on imports the module, so there is nothing to import here.
+    state = sys.modules.get("torch._dynamo.compiled_autograd")
     if state and (state.compiled_autograd_enabled or state.in_compiled_autograd_region):
         raise NotImplementedError(
             "fastddp does not support compiled autograd, nor does torch's DistributedDataParallel;"

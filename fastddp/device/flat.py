@@ -1,7 +1,8 @@
-"""`flatten` and `unflatten`: many tensors and one flat buffer, in one pass.
+"""`flatten` and `unflatten`: copies between many tensors and one flat buffer, in one pass.
 
-What the reducer does with the gradients of a bucket, for everybody. On a GPU it is one kernel
-launch (of the extension; torch's operators, one by one, where it has no CUDA), on the CPU one loop.
+This is what the reducer does with the gradients of a bucket, as public functions. On a GPU a call
+is one launch of the extension's kernel, on the CPU one loop. Without the extension, or on a GPU for
+which it was not built, torch's operators copy the tensors one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastddp import config, extension
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""Those of what can be flattened."""
+"""The dtypes that :func:`flatten` takes."""
 
 
 @torch.no_grad()
@@ -29,31 +30,43 @@ def flatten(
     offsets: Sequence[int] | None = None,
     moments: Tensor | None = None,
 ) -> Tensor:
-    """Copies tensors into a flat buffer, scaled and cast.
+    """Copies tensors into one flat buffer, scaled and cast.
 
-    Each element is widened to float32, multiplied by ``scale`` and rounded once to the buffer's
-    dtype. A 16-byte boundary for every tensor, in both places, lets memory be read and written in
-    the widest units there are.
+    Elements of 16-bit dtypes are widened to float32. Each element is multiplied by ``scale`` and
+    rounded once to the buffer's dtype. The copy is fastest if each tensor begins at a multiple of
+    16 bytes, both in its own memory and in the buffer. Autograd does not record the copy.
+
+    Not collective. Threads may call it at the same time for different buffers. On a GPU the work is
+    queued on the current stream.
 
     Args:
-        tensors: at least one; any shapes, one device, and one dtype of float32, float64, float16
-            and bfloat16.
-        out: the buffer, of one dimension, contiguous; a new one by default. Elements between the
-            tensors are left alone, in a new one zero. A tensor may lie in its own place in it, and
-            nowhere else.
-        dtype: of the buffer, by default the tensors'. float64 only goes with float64.
-        scale: a factor.
-        offsets: where in the buffer each begins, in elements and without overlap; by default one
-            after the other.
-        moments: two float64 elements on the same device that get the sum of the squares of all
-            values written, and 1 if they are all finite, else 0. Equal inputs give equal bits.
+        tensors: at least one tensor of any shape. All are on one device and have one dtype out of
+            float32, float64, float16 and bfloat16.
+        out: the buffer, shape ``(n,)`` and contiguous; by default a new one. In a given buffer the
+            elements between the tensors keep their values, in a new one they are zero. A tensor may
+            lie at its own place in the buffer, but must not overlap any other part of it.
+        dtype: the dtype of the buffer, by default that of the tensors. float64 tensors need a
+            float64 buffer, and a float64 buffer needs float64 tensors.
+        scale: the factor that every element is multiplied by.
+        offsets: the index in the buffer at which each tensor begins, in elements and without
+            overlaps; by default the tensors lie one after the other.
+        moments: a contiguous float64 tensor of shape ``(2,)`` on the same device. It gets the sum
+            of the squares of all written values, and 1 if all of them are finite, else 0. Equal
+            inputs give equal bits.
 
     Returns:
         The buffer.
 
     Raises:
-        ValueError: if shapes, devices or offsets do not fit.
-        TypeError: for other dtypes.
+        ValueError: if there is no tensor, or if shapes, devices, dtypes or offsets do not fit.
+        TypeError: if a dtype is not among those above, or only one side is float64.
+
+    Example::
+
+        grads = [param.grad for param in model.parameters()]
+        flat = fastddp.flatten(grads, scale=1 / world_size)
+        dist.all_reduce(flat)
+        fastddp.unflatten(flat, grads)
     """
     places = _places(tensors, offsets)
     if out is None:
@@ -88,16 +101,22 @@ def unflatten(
     scale: float = 1.0,
     offsets: Sequence[int] | None = None,
 ) -> None:
-    """Copies a flat buffer's parts into tensors, scaled and cast: the inverse of :func:`flatten`.
+    """Copies the parts of a flat buffer into tensors, scaled and cast: undoes :func:`flatten`.
+
+    The arithmetic is that of :func:`flatten`, and so are the rules for threads and streams. Not
+    collective.
 
     Args:
-        flat: the buffer, of one dimension, contiguous.
-        tensors: as there, not overlapping in memory. Written in place.
-        scale: a factor.
-        offsets: as there.
+        flat: the buffer, shape ``(n,)`` and contiguous, of one of the dtypes of :func:`flatten`.
+        tensors: at least one tensor of any shape, written in place. All are on the buffer's device,
+            have one dtype that :func:`flatten` takes, and do not overlap in memory.
+        scale: the factor that every element is multiplied by.
+        offsets: the index in the buffer at which each tensor begins, in elements and without
+            overlaps; by default the tensors lie one after the other.
 
     Raises:
-        ValueError, TypeError: as there.
+        ValueError: if there is no tensor, or if shapes, devices, dtypes or offsets do not fit.
+        TypeError: if a dtype cannot be flattened, or only one side is float64.
     """
     places = _places(tensors, offsets)
     _check(flat, tensors, places, None)
@@ -111,12 +130,21 @@ def unflatten(
 
 
 def write(place: Tensor, source: Tensor, scale: float) -> None:
-    """Writes ``source * scale`` into ``place``, rounded once; both real and of one shape."""
+    """Writes ``source * scale`` into ``place``, rounded once.
+
+    Args:
+        place: a real tensor, written in place.
+        source: a real tensor of the same shape.
+        scale: the factor that every element is multiplied by.
+    """
     torch.mul(widened(source, place), scale, out=place)
 
 
 def widened(source: Tensor, place: Tensor) -> Tensor:
-    """Returns the source in float if it is a smaller one that changes its dtype."""
+    """Returns the source as float32 if it is narrower than that and ``place`` has another dtype.
+
+    Else a product would be rounded to the source's 16 bits first, and to the place's dtype again.
+    """
     is_cast = source.dtype != place.dtype
     return source.float() if is_cast and source.element_size() < 4 else source
 

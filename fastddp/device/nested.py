@@ -1,4 +1,4 @@
-"""The tensors in whatever a forward returns."""
+"""The tensors inside whatever a forward takes or returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import torch
 
 
 def tensors_in(output: object) -> Iterator[torch.Tensor]:
-    """Yields the tensors in lists, tuples, mappings and dataclasses, nested in any way."""
+    """Yields the tensors in an object, in its own order.
+
+    Args:
+        output: a tensor, or lists, tuples, mappings and dataclasses with tensors in them, nested to
+            any depth. Anything else holds no tensor.
+    """
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""Ranges in torch's profiles; without a profiler they cost next to nothing."""
+"""Named ranges in torch's profiles. Without a profiler they cost almost nothing."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ _NOTHING = nullcontext()
 
 
 def profiled(name: str) -> AbstractContextManager[object]:
-    """Returns a context that a profile shows under this name, if one is being made."""
+    """Returns a context manager for a range that a profile shows under this name."""
     return record_function(name) if _profiler_enabled() else _NOTHING

@@ -1,8 +1,8 @@
-"""Order among the streams of a device; on the CPU, which has none, nothing here does anything.
+"""Order among the streams of a device. The CPU has no streams, so there these do nothing.
 
 Autograd runs a hook on the stream that its parameter's gradient belongs to, so one bucket may be
-filled from several. Whoever reads it has to wait for each of them. ``csrc/tensor/streams.h`` is the
-same in C++.
+filled from several streams. Code that reads the bucket has to wait for each of them; without that
+it would read memory before it is written. ``csrc/tensor/streams.h`` is the same in C++.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import torch
 
 
 def has_streams(device: torch.device) -> bool:
-    """Returns whether work on ``device`` is queued, and not done when a call returns."""
+    """Returns whether work on ``device`` is queued, so that a call returns before it is done."""
     return device.type not in ("cpu", "meta")
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes ``device`` the current one of its type in a ``with`` block.
+    """Makes ``device`` the current device of its type inside a ``with`` block.
 
-    A rank whose model is on its GPU may have left the first one current, as every rank has then;
-    NCCL refuses two ranks on one GPU.
+    A script may move its model to a GPU and leave the first GPU the current one. If all ranks do
+    that, collectives would run on the first GPU for all of them, and NCCL refuses two ranks on one
+    GPU.
     """
     if not has_streams(device):
         return nullcontext()
@@ -30,20 +31,25 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def drain_current_stream(device: torch.device) -> None:
-    """Returns once the device has done all that the current stream was given."""
+    """Blocks until the device has done all work that is queued on the current stream."""
     if has_streams(device):
         torch.accelerator.current_stream(device).synchronize()
 
 
 def home_of(device: torch.device) -> torch.Stream | None:
-    """Returns the stream that memory allocated now belongs to; None where there are none."""
+    """Returns the stream that memory allocated now belongs to; None on a device without streams."""
     return torch.accelerator.current_stream(device) if has_streams(device) else None
 
 
 def keep_for_current(tensors: Iterable[torch.Tensor], home: torch.Stream | None) -> None:
-    """Keeps the memory of tensors from being used anew before the current stream is done with it.
+    """Keeps the memory of tensors from being reused before the current stream is done with it.
 
-    Freed memory is used anew at once by the stream that it was allocated on, which is ``home``.
+    The allocator reuses freed memory at once on the stream that it was allocated on. Without this
+    it would not know that another stream still reads the memory.
+
+    Args:
+        tensors: the tensors that the current stream uses.
+        home: the stream that their memory was allocated on; None on a device without streams.
     """
     if home is None:
         return
@@ -54,7 +60,7 @@ def keep_for_current(tensors: Iterable[torch.Tensor], home: torch.Stream | None)
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Returns whether what is launched now is recorded into a graph and not run."""
+    """Returns whether work that is launched now is recorded into a CUDA graph instead of run."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -62,7 +68,11 @@ def is_capturing(device: torch.device) -> bool:
 
 
 class LateCopy:
-    """A device's tensor on its way to the host, which goes on meanwhile."""
+    """A copy of a device's tensor to the host, made while the host goes on.
+
+    Attributes:
+        copy: the tensor on the host. Its values may be read once :meth:`is_there` says so.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.copy = tensor.to("cpu", non_blocking=True)
@@ -70,11 +80,11 @@ class LateCopy:
         self._done.record(torch.accelerator.current_stream(tensor.device))
 
     def is_there(self) -> bool:
-        """Returns whether ``copy`` has its values."""
+        """Returns whether the values of ``copy`` have arrived."""
         return bool(self._done.query())
 
     def wait(self) -> None:
-        """Returns once it has."""
+        """Blocks until the values of ``copy`` have arrived."""
         self._done.synchronize()
 
 
@@ -85,14 +95,17 @@ class Touched:
         self._streams: list[torch.Stream] = []
 
     def by_current(self, device: torch.device) -> None:
-        """Takes note of the current stream."""
+        """Notes that the current stream works on it."""
         if has_streams(device):
             stream = torch.accelerator.current_stream(device)
             if stream not in self._streams:
                 self._streams.append(stream)
 
     def by_current_after_all(self, device: torch.device) -> None:
-        """Has the current stream wait for the others' work so far; then only it has to be noted."""
+        """Makes the current stream wait for what the noted streams have been given so far.
+
+        From then on the current stream alone is noted: whoever waits for it waits for all.
+        """
         if not has_streams(device):
             return
         stream = torch.accelerator.current_stream(device)

@@ -1,1 +1,4 @@
-"""What other packages need to be told about fastddp; each module needs its package."""
+"""Ways for other packages to train through fastddp.
+
+The modules for Lightning need Lightning; :func:`fastddp.patch` needs nothing but torch.
+"""

@@ -1,13 +1,13 @@
-"""`patch`: code that says `torch.nn.parallel.DistributedDataParallel` gets fastddp's class.
+"""`patch`: code that constructs `torch.nn.parallel.DistributedDataParallel` gets fastddp's class.
 
-Frameworks make the wrapper themselves, and many bound torch's class to a name of their own when
-they were imported. So no name is replaced: torch's class stays torch's class wherever it is, with
-every `isinstance` check and every pickled reference, but *constructing* it inside a block makes an
-instance of ours, which is a subclass.
+Frameworks make the wrapper themselves, and many of them bound torch's class to a name of their own
+when they were imported. So no name is replaced. Torch's class stays torch's class in every
+`isinstance` check and every pickled reference; only *constructing* it inside a block makes an
+instance of fastddp's class, which is a subclass.
 
-Whether a construction is inside a block is a matter of its own thread and context, not of the
-process. Else a thread that wraps a model while another one's block happens to be open would get our
-class on one rank and torch's on the next, and the two do not talk to each other.
+A block is open for the thread and context that opened it, not for the process. Otherwise a thread
+that wraps a model while another thread's block happens to be open would get fastddp's class on one
+rank and torch's on the next, and the two cannot communicate with each other.
 """
 
 from __future__ import annotations
@@ -28,21 +28,27 @@ from fastddp.ddp.wrapper import DistributedDataParallel
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _depth: ContextVar[int] = ContextVar("fastddp.patch", default=0)
-"""How many blocks the running code is in."""
+"""The number of open blocks around the running code."""
 
 
 def patch() -> _Patch:
     """Makes torch's ``DistributedDataParallel`` construct fastddp's, inside a block or a function.
 
-    For code that wraps the model itself: a framework, or a script that stays what it is. Only
-    constructions of exactly torch's class, in this thread, are redirected, whatever name the code
-    knows the class by; subclasses of it, other threads and processes started inside are not. At the
-    end of the last block torch's class is as it was; models that were wrapped stay ours.
+    For code that wraps the model itself, such as a framework or a script that must not change.
+    Inside the block, constructing exactly torch's class gives fastddp's class, under whatever name
+    the code knows torch's class. Subclasses of torch's class are not affected, nor are other
+    threads, nor processes that are started inside. When the last block ends, torch's class is as it
+    was before; models that were wrapped inside keep fastddp's class.
+
+    Opening a block is not collective, but wrapping a model inside is, so all ranks have to do it.
+    Several threads may have blocks open at the same time.
 
     Returns:
-        A context manager that may be entered repeatedly and nested. As a decorator it opens a block
-        for each call. Nothing happens before; one that is dropped without use gives a
-        RuntimeWarning.
+        A context manager, which may be entered several times and nested. As a decorator it opens a
+        block for each call of the function. Without either it does nothing.
+
+    Warns:
+        RuntimeWarning: if the result is dropped without having been entered or used as a decorator.
 
     Example::
 
@@ -75,11 +81,11 @@ class _Patch(ContextDecorator):
         _release()
 
     def __call__(self, func: _Function) -> _Function:
-        self._used = True  # at each call of the function
+        self._used = True  # the function enters a block of its own at each call
         return super().__call__(func)
 
     def __del__(self) -> None:
-        # `fastddp.patch()` on a line of its own looks as if it did something.
+        # `fastddp.patch()` on a line of its own looks as if it had an effect.
         if not self._used:
             warnings.warn(
                 "fastddp.patch() was called but not entered, so nothing has changed; write"
@@ -111,21 +117,21 @@ def _release() -> None:
     global _open_blocks
     with _lock:
         _open_blocks -= 1
-        # Someone else may have wrapped the constructor since: theirs stays, and calls ours, which
-        # outside of a block only calls the original.
+        # Another package may have wrapped the constructor since. Then its constructor stays, and
+        # calls the one from here, which outside of a block only calls the original.
         if _open_blocks == 0 and TorchDDP.__init__ is _installed:
             TorchDDP.__init__ = _original  # type: ignore[method-assign]
 
 
 def _redirecting(original: Callable[..., None]) -> Callable[..., None]:
-    """Returns a constructor of torch's class that builds ours inside a block."""
+    """Returns a constructor for torch's class that builds fastddp's class inside a block."""
 
-    # Not `__new__`, which pickle and copy call too, for instances that are torch's; and CPython
-    # does not restore a class from which an assigned `__new__` is deleted.
+    # `__new__` would be the wrong place: pickle and copy call it too, for instances of torch's
+    # class; and deleting an assigned `__new__` does not bring a class back to its first state.
     @functools.wraps(original)
     def __init__(self: TorchDDP, *args: Any, **kwargs: Any) -> None:
         if type(self) is TorchDDP and _depth.get() > 0:
-            self.__class__ = DistributedDataParallel  # before there is anything in it
+            self.__class__ = DistributedDataParallel  # while the instance is still empty
             self.__init__(*args, **kwargs)  # type: ignore[misc]
         else:
             original(self, *args, **kwargs)

@@ -1,6 +1,7 @@
-"""The strategy for ``pytorch_lightning``; :mod:`fastddp.integrations.lightning` is its twin.
+"""A strategy for ``pytorch_lightning`` that trains through fastddp.
 
-The two packages hold the same code twice, and each only takes its own classes.
+``lightning`` and ``pytorch_lightning`` hold the same code twice, and each takes only classes of its
+own. :mod:`fastddp.integrations.lightning` has the strategy for the other package.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from fastddp.integrations.strategy import WrapsInFastDDP
 
 
 class FastDDPStrategy(WrapsInFastDDP, DDPStrategy):
-    """As :class:`fastddp.integrations.lightning.FastDDPStrategy`.
+    """Lightning's DDP strategy, with :class:`fastddp.DistributedDataParallel` around the model.
+
+    It behaves like :class:`fastddp.integrations.lightning.FastDDPStrategy`, and is for code that
+    imports ``pytorch_lightning``.
 
     Example::
 

@@ -131,7 +131,7 @@ def test_the_group_is_asked_first():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pad": "zero"}, "pad='zero' is none of 'wrap', 'none', 'drop'"),
+        ({"pad": "zero"}, "pad='zero' is not one of 'wrap', 'none', 'drop'"),
         ({"pad": "wrap", "drop_last": True}, "drop_last=True contradicts pad='wrap'"),
         ({"pad": "none", "drop_last": True}, "drop_last=True contradicts pad='none'"),
         ({"num_replicas": 0}, "num_replicas=0, less than 1"),
