@@ -3,10 +3,10 @@
     python examples/data_parallel.py                # all GPUs, or two replicas on the CPU
     python examples/data_parallel.py --replicas 4   # four replicas on the CPU
 
-There is nothing to launch and no rank: the script is that of one device, with one line more. Each
-batch is split over the replicas, which run side by side in threads. On the CPU they share the
-parameters' memory, and only their forwards are side by side: autograd runs a backward on the CPU in
-one thread. `train_digits.py` trains on the same images with several processes.
+There are no ranks and there is nothing to launch: it is a script for one device with one more line.
+Each batch is split over the replicas, which run in threads at the same time. On the CPU they share
+the parameters' memory, and only their forwards run at the same time: autograd runs a backward on
+the CPU in one thread. `train_digits.py` trains on the same images with several processes.
 """
 
 import argparse

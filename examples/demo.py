@@ -23,8 +23,8 @@ from rich.table import Table
 ORDER = ("torch", "fastddp", "fastddp", "torch")
 SHORT = ("--steps", "40", "--layers", "2", "--width", "64", "--heads", "2")
 
-# Two ranks add two numbers, which has one order only, so on the CPU we expect no difference at all.
-# The tolerance is for GPUs, where some kernels add in no fixed order.
+# Two ranks add two numbers, and a sum of two numbers has one order only, so on the CPU we expect no
+# difference at all. The tolerance is for GPUs, where some kernels do not add in a fixed order.
 LOSS_TOLERANCE = 1e-3
 
 
@@ -67,7 +67,7 @@ def comparison(torch_runs: list[dict], fastddp_runs: list[dict]) -> Table:
 
 
 def loss_difference(runs: list[dict]) -> float:
-    """Returns how far apart the runs are, in the loss in which they differ more."""
+    """Returns the largest difference between the runs, in either of the two losses."""
     losses = [[run[key] for run in runs] for key in ("train_loss", "held_out_loss")]
     return max(max(values) - min(values) for values in losses)
 

@@ -4,8 +4,8 @@
     mpirun -n 2 python examples/train_digits.py            # the same; also srun -n 2
     python examples/train_digits.py                        # one process, same script
 
-It shows what a training script of any size needs around the model: a sampler that gives each rank
-its share, BatchNorm, and a test accuracy that counts every image exactly once.
+It shows the parts that a training script of any size has around the model: a sampler that gives
+each rank its share, BatchNorm, and a test accuracy that counts every image exactly once.
 """
 
 import argparse
@@ -49,8 +49,8 @@ def make_model() -> nn.Module:
 def accuracy_over_ranks(model: nn.Module, test: TensorDataset) -> float:
     """Returns the share of test images classified correctly, over all ranks.
 
-    The shares are unpadded: torch's sampler would repeat some images so that all are equal. The
-    forward pass goes through the wrapped model, once on every rank, so that all ranks use the
+    The ranks' shares are not padded; torch's sampler would repeat some images to make them equal.
+    The forward goes through the wrapped model, once on every rank, so that all ranks use the
     BatchNorm statistics of rank 0.
     """
     sampler = fastddp.DistributedSampler(test, shuffle=False, pad="none")

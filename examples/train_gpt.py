@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 examples/train_gpt.py      # two ranks
     python examples/train_gpt.py                           # one process, same script
 
-What a rank sees at a step is a function of (seed, step, rank) alone, so a run that was stopped and
-resumed ends with exactly the weights of one that was not. (On the CPU: some CUDA kernels add in no
-fixed order.)
+The data of a rank at a step depends on (seed, step, rank) alone. So a run that was stopped and
+resumed ends with exactly the same weights as one that was not. This holds on the CPU; some CUDA
+kernels do not add in a fixed order.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import fastddp
 
 @dataclass(frozen=True)
 class Config:
-    """What defines a run, apart from its length. Each field is a command-line option."""
+    """The options that define a run, except for its length. Each is a command-line option."""
 
     layers: int = 4
     width: int = 128
@@ -124,7 +124,7 @@ def learning_rate(step: int, warmup: int = 100, peak: float = 3e-3) -> float:
 
 
 def data_parallel(model: nn.Module, kind: str) -> nn.Module:
-    """The whole difference between torch's DistributedDataParallel and fastddp."""
+    """Wraps the model. This is the whole difference between torch's class and fastddp."""
     if kind == "fastddp":
         return fastddp.wrap(model)
 
@@ -136,7 +136,7 @@ def data_parallel(model: nn.Module, kind: str) -> nn.Module:
 
 
 def exposed_communication_ms(model: nn.Module) -> float | None:
-    """Returns how long a step waited for communication, in the mean; torch does not tell."""
+    """Returns the mean time that a step waited for communication; None if it is not measured."""
     if not isinstance(model, fastddp.DistributedDataParallel):
         return None
     stats = model.stats()
@@ -181,7 +181,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: GPT, optimizer: torch.optim.Optimizer, config: Config
 ) -> int:
-    """Restores model and optimizer in place and returns the step to go on with."""
+    """Restores model and optimizer in place and returns the step to continue from."""
     state = torch.load(path, map_location="cpu")
     if state["config"] != asdict(config):
         raise SystemExit(f"{path} was trained with {state['config']}, not with {asdict(config)}")
@@ -226,7 +226,7 @@ def choose_device() -> torch.device:
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, windows: Tensor, step: int
 ) -> float:
-    """Updates the weights and returns this rank's loss, which waits for the device to be done."""
+    """Updates the weights and returns this rank's loss. Reading the loss waits for the device."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     loss = nats_per_byte(model, windows)

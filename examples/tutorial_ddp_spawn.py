@@ -3,9 +3,9 @@
     python examples/tutorial_ddp_spawn.py                              # a rank per GPU, or 2 ranks
     python examples/tutorial_ddp_spawn.py --checkpoint /tmp/spiral.pt  # run it twice: it resumes
 
-Plain python: `fastddp.spawn` starts one process per rank and runs `train` in each. Every rank has a
-copy of the model and sees its own share of the data; gradients are averaged over the ranks, so that
-the copies stay equal. Read it from the bottom up.
+Run it with plain python: `fastddp.spawn` starts one process per rank and runs `train` in each.
+Every rank has a copy of the model and its own share of the data. Gradients are averaged over the
+ranks, so that the copies stay equal. Read the file from the bottom up.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def evaluate(model: nn.Module, test: TensorDataset, device: torch.device) -> flo
     """Returns the accuracy on the test set, in which every point counts exactly once.
 
     301 points cannot be shared equally. `pad="none"` neither repeats nor drops one, so one rank has
-    more points than another. `model.module` is this rank's copy of the model: calling it involves
-    no other rank, and so nobody waits for one that is through with its share.
+    more points than another. `model.module` is this rank's copy of the model. Calling it does not
+    communicate, so no rank waits for one that has finished its share.
     """
     sampler = fastddp.DistributedSampler(test, shuffle=False, pad="none")
     loader = DataLoader(test, batch_size=100, sampler=sampler)
@@ -54,7 +54,7 @@ def evaluate(model: nn.Module, test: TensorDataset, device: torch.device) -> flo
 
 
 def train(rank: int, epochs: int, checkpoint: Path | None) -> float:
-    """Is what each rank runs. Returns the test accuracy, which is the same on all."""
+    """Trains on one rank; every rank runs it. Returns the test accuracy, the same on all ranks."""
     model = fastddp.wrap(make_model())  # from here on, all ranks have rank 0's weights
     device = next(model.parameters()).device  # this rank's GPU, if it has one
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=size,
         default=list(SIZES),
         metavar="SIZE",
-        help=f"of the float32 operand, such as {' '.join(SIZES)} (the default);"
+        help=f"sizes of the float32 operand, by default {' '.join(SIZES)};"
         " other dtypes have as many elements",
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-// What `benchmarks.collectives` times without Python between two calls.
+// The loops that `benchmarks.allreduce` times without Python between two calls.
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
@@ -13,13 +13,13 @@ double seconds(std::int64_t calls, const Call& call) {
   const auto start = std::chrono::steady_clock::now();
   for (std::int64_t k = 0; k < calls; ++k) {
     call();
-    // All of memory may be read here, or the compiler would merge passes over it into one.
+    // Tells the compiler that memory may be read here. Else it could merge several passes into one.
     asm volatile("" ::: "memory");
   }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Sum `tensor` over the group's ranks, in place, so many times in a row.
+// Sums `tensor` over the group's ranks in place, `calls` times in a row; returns the seconds.
 double all_reduce(const c10::intrusive_ptr<c10d::ProcessGroup>& group,
                   const at::Tensor& tensor,
                   std::int64_t calls) {
@@ -32,8 +32,8 @@ double all_reduce(const c10::intrusive_ptr<c10d::ProcessGroup>& group,
   });
 }
 
-// d = s = d + s, so many times in a row. The caller vouches for two contiguous float tensors of one
-// length that do not overlap.
+// Computes d = s = d + s, `calls` times in a row; returns the seconds. The caller guarantees two
+// contiguous float tensors of one length that do not overlap.
 double add_into_both(const at::Tensor& first, const at::Tensor& second, std::int64_t calls) {
   float* __restrict d = first.mutable_data_ptr<float>();
   float* __restrict s = second.mutable_data_ptr<float>();

@@ -15,9 +15,10 @@ BUILD = ROOT / "build" / "benchmarks"
 
 @cache
 def compiled_loops() -> Any:
-    """The module of `loops.cpp`; about 40 s the first time, below a second after that.
+    """Returns the module of `loops.cpp`: in about 40 s the first time, then in less than a second.
 
-    It is compiled for this machine's CPU, as a floor that left vector units unused would be none.
+    It is compiled for this machine's CPU. Without its vector units the floor would not be the limit
+    of the memory.
     """
     from torch.utils.cpp_extension import load
 
@@ -26,7 +27,7 @@ def compiled_loops() -> Any:
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "held").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        # torch's own lock outlives a killed process, and all later ones would wait for it forever.
+        # The lock file of torch stays when a process is killed, and later ones would wait forever.
         (BUILD / "lock").unlink(missing_ok=True)
         return load(
             name="fastddp_benchmark_loops",

@@ -1,7 +1,8 @@
-"""What a rank does to time all-reduces: prepare every variant, prove it right, then time it.
+"""The work of a rank: prepare every variant of an all-reduce, verify its results, then time it.
 
-Words: a *case* is one variant with operands of one dtype. A *batch* is a row of calls of one case,
-timed as one. A *round* times one batch of every case, in an order that changes from round to round.
+Words: a *case* is one variant with operands of one dtype. A *batch* is a number of calls of one
+case in a row, timed together. A *round* times one batch of every case, in an order that changes
+from round to round.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ BATCH_S = 0.02
 MOST_CALLS = 4096
 
 Loop = Callable[[int], float]
-"""Make so many calls in a row; return the seconds they took together."""
+"""Makes the given number of calls in a row, and returns the seconds that they took together."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """What a case reduces in place (nothing for the memory floor), and how it is called."""
+    """The tensor that a case reduces in place (None for the floor), and the loop of calls."""
 
     loop: Loop
     tensor: Tensor | None = None
@@ -40,11 +41,16 @@ class Operand:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to all-reduce; `prepare(group, elements, dtype)` is called on every rank.
+    """One way to all-reduce.
 
-    `backend` is the one of the group that it is given, which spans all ranks. `gloo` names the
-    variant that calls gloo in the same way, where there is one to compare with; `compiled` says
-    that it needs `compiled_loops`.
+    Attributes:
+        name: the name in the command line and in records.
+        prepare: the function that makes the operand from a group, a number of elements and a dtype.
+            It is called on every rank.
+        backend: the backend of that group, which has all ranks.
+        gloo: the name of the variant that calls gloo in the same way; None if there is none.
+        compiled: whether it needs `compiled_loops`.
+        dtypes: the dtypes that it can reduce.
     """
 
     name: str
@@ -68,7 +74,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to measure; the same object goes to every rank."""
+    """The variants to measure; every rank gets the same plan."""
 
     elements: int
     variants: tuple[Variant, ...]
@@ -84,7 +90,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class CaseResult:
-    """One rank's part of the measurement of one case; microseconds a call, one value per round."""
+    """One rank's part of the measurement of one case: microseconds per call, a value per round."""
 
     variant: str
     dtype: str
@@ -94,7 +100,7 @@ class CaseResult:
 
 
 def measure(plan: Plan) -> list[CaseResult]:
-    """Verify and time all cases of a plan; every rank calls it with the same plan."""
+    """Verifies and times all cases of a plan. Collective: every rank has the same plan."""
     if dist.get_world_size() > MOST_RANKS:
         raise ValueError(
             f"{dist.get_world_size()} ranks: sums over more than {MOST_RANKS} are not exact in"
@@ -132,7 +138,7 @@ def measure(plan: Plan) -> list[CaseResult]:
 
 
 def _backends(plan: Plan) -> list[str]:
-    """Each once, in the same order on every rank."""
+    """Lists each backend of a plan once, in the same order on every rank."""
     return list(dict.fromkeys(variant.backend for variant in plan.variants))
 
 
@@ -148,10 +154,10 @@ def _group(backend: str) -> dist.ProcessGroup:
 
 
 def timed_us(loop: Loop, calls: int) -> float:
-    """Microseconds a call, after one that is not timed.
+    """Returns the microseconds per call, after one call that is not timed.
 
-    Ranks leave a barrier tens of microseconds apart; the call before the first counted one brings
-    them together, and the operands into the caches that they fit.
+    Ranks leave a barrier tens of microseconds apart. The call that is not timed brings them
+    together, and brings the operands into the caches.
     """
     dist.barrier()
     loop(1)
@@ -159,10 +165,10 @@ def timed_us(loop: Loop, calls: int) -> float:
 
 
 def calls_per_batch(loop: Loop) -> int:
-    """Double the calls until a batch lasts `BATCH_S` on the slowest rank, as `timeit` does.
+    """Doubles the calls until a batch lasts `BATCH_S` on the slowest rank, as `timeit` does.
 
-    So every case is watched for about as long, whatever it costs. The ranks agree on the number,
-    because a batch of which one rank has fewer calls never ends.
+    So every case is timed for about as long, however fast it is. The ranks agree on the number,
+    because a batch with fewer calls on one rank would never end on the others.
     """
     calls = 1
     while calls < MOST_CALLS:
@@ -179,12 +185,15 @@ def calls_per_batch(loop: Loop) -> int:
 
 
 def check_sums(cases: Sequence[Case]) -> str | None:
-    """Reduce known values once with every case, and compare every element with the exact sum.
+    """Reduces known values once with every case, and compares every element with the exact sum.
 
-    Element i of rank r is (i + r) mod 13: sums over the ranks are whole numbers up to 256, which
-    every dtype holds exactly, and elements that were swapped with those of another block are
-    noticed, since no block has a length of 13. All cases are run whatever is found, as a rank that
-    stopped early would leave the others waiting. Returns the first problem.
+    Element i of rank r is (i + r) mod 13. Sums over the ranks are whole numbers up to 256, which
+    every dtype represents exactly. Elements that were swapped with those of another block are
+    noticed, because no block has a length of 13. All cases are run in any case, because a rank that
+    stopped early would leave the others waiting.
+
+    Returns:
+        The first problem; None if there is none.
     """
     problem = None
     ranks = torch.arange(dist.get_world_size())
@@ -207,7 +216,7 @@ def check_sums(cases: Sequence[Case]) -> str | None:
 
 
 def _fill(tensor: Tensor, period: Tensor) -> None:
-    """Repeat `period` until the tensor is full."""
+    """Repeats `period` until the tensor is full."""
     tensor.copy_(period.to(tensor.dtype).repeat(tensor.numel() // PERIOD + 1)[: tensor.numel()])
 
 
@@ -229,9 +238,9 @@ def through_torch(
     direct: bool = False,
     native: bool = False,
 ) -> Operand:
-    """`torch.distributed`, called from Python or, if `native`, from C++.
+    """Makes an operand for `torch.distributed`, called from Python or, if `native`, from C++.
 
-    `direct` operands are in the backend's own memory, so that it need not copy them.
+    `direct` operands are in the backend's own memory, so that it does not have to copy them.
     """
     cpu = torch.device("cpu")
     if direct:
@@ -244,7 +253,7 @@ def through_torch(
 
 
 def through_mpi(_group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> Operand:
-    """MPI_Allreduce, called from Python; MPI has no bfloat16."""
+    """Makes an operand for MPI_Allreduce, called from Python. MPI has no bfloat16."""
     from mpi4py import MPI
 
     tensor = torch.empty(elements, dtype=dtype)
@@ -254,12 +263,12 @@ def through_mpi(_group: dist.ProcessGroup, elements: int, dtype: torch.dtype) ->
 
 
 def memory_floor(_group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> Operand:
-    """d = s = d + s over half as many elements in each of two buffers of shared memory.
+    """Makes the loop d = s = d + s over half as many elements in each of two shared buffers.
 
     However many ranks there are, each has to read its share of every rank's operand and to write
-    that share of every rank's result: as many elements read as the message has, and as many
-    written. This loop does that and nothing else. No other rank touches a rank's share, so that
-    each can as well map its share alone.
+    that share of every rank's result: it reads as many elements as the message has, and writes as
+    many. This loop does that and nothing else. No other rank uses a rank's share, so each rank maps
+    only its own.
     """
     count = max(elements // 2, 1)
     shares = [_shared_zeros(count, dtype) for _ in range(2)]
@@ -267,7 +276,7 @@ def memory_floor(_group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -
 
 
 def _shared_zeros(count: int, dtype: torch.dtype) -> Tensor:
-    """Shared pages, which the kernel hands out in other sizes than private ones."""
+    """Makes a tensor in shared pages, which have other sizes than private pages."""
     memory = mmap.mmap(-1, count * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype, count=count).zero_()
 
@@ -312,7 +321,7 @@ VARIANTS = {
 
 
 def unavailable(names: Sequence[str]) -> dict[str, str]:
-    """Of the named variants those that this installation cannot run, and why."""
+    """Returns the reason for each of the named variants that this installation cannot run."""
     reasons: dict[str, str] = {}
     for name in names:
         if not has_backend(backend := VARIANTS[name].backend):

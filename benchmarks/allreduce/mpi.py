@@ -1,6 +1,6 @@
-"""Start ranks with mpiexec, so that MPI works in the same processes as torch.distributed.
+"""Starts ranks with mpiexec, so that MPI works in the same processes as torch.distributed.
 
-`python -m benchmarks.allreduce.mpi FOLDER` is what it starts.
+mpiexec starts `python -m benchmarks.allreduce.mpi FOLDER` for each rank.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def find_mpiexec() -> str | None:
-    """The one beside the interpreter first: it belongs to the MPI that pip installed there."""
+    """Returns the mpiexec beside the interpreter, which belongs to pip's MPI, else that on PATH."""
     beside = str(Path(sys.executable).parent)
     return shutil.which("mpiexec", path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
 
 
 def mpi_version() -> str:
-    """Which MPI mpi4py is of, such as `Open MPI 5.0.11`."""
+    """Returns the name and version of mpi4py's MPI, such as `Open MPI 5.0.11`."""
     import mpi4py
 
     mpi4py.rc.initialize = False
@@ -63,16 +63,16 @@ def run_ranks_under_mpi(
 
 
 def _flags(mpiexec: str) -> list[str]:
-    """Ranks are free to move between cores, and may be more than these, as they are without MPI."""
+    """Returns flags by which ranks may move between cores and outnumber them, as without MPI."""
     version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=True)
     if "open-mpi.org" not in version.stdout:
-        return []  # MPICH and its kin do so by themselves
+        return []  # MPICH and its relatives do so by default
     # A container's only user may be root.
     return ["--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask first: an mpiexec that is killed cannot end its ranks."""
+    """Ends mpiexec, by SIGTERM at first: an mpiexec that is killed cannot end its ranks."""
     process.terminate()  # does nothing where it has ended
     try:
         process.wait(10)

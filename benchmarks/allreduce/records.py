@@ -52,7 +52,7 @@ def make_records(
     threads: int,
     machine: Mapping[str, str | int | float],
 ) -> list[AllreduceRecord]:
-    """One record for each case, in the order in which the ranks (the outer sequence) list them."""
+    """Makes one record for each case, in the order in which the ranks list them."""
     cases = list(zip(*results, strict=True))
     samples = {
         (ours[0].variant, ours[0].dtype): slowest_rank([case.us for case in ours]) for ours in cases
@@ -96,7 +96,7 @@ Case = tuple[str, str]
 
 
 def compared(variant: str, dtype: str) -> dict[str, tuple[Case, Case]]:
-    """The ratios that make sense for a case: each of the first one's time to the second one's."""
+    """Returns, by name, the pairs of cases to divide the times of: the first by the second."""
     case = (variant, dtype)
     found: dict[str, tuple[Case, Case]] = {}
     if (gloo := VARIANTS[variant].gloo) is not None:
@@ -115,7 +115,7 @@ def ratio(samples: Mapping[Case, Sequence[float]], over: Case, under: Case) -> E
 
 
 def print_records(console: Console, records: Sequence[AllreduceRecord]) -> None:
-    """One size's cases."""
+    """Prints the cases of one size."""
     first = records[0]
     title = (
         f"all-reduce of {first.elements} elements, {first.size} of float32, "
@@ -137,5 +137,5 @@ def print_records(console: Console, records: Sequence[AllreduceRecord]) -> None:
 
 
 def _digits(value: float) -> str:
-    """Three digits at least, as values span six orders of magnitude."""
+    """Returns a value with at least three digits, because values span six orders of magnitude."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"

@@ -1,1 +1,1 @@
-"""What every benchmark is made of: ranks, trials, statistics, reports."""
+"""The parts that all benchmarks share: ranks, trials, statistics, reports."""

@@ -1,4 +1,4 @@
-"""Where and with what a measurement was taken."""
+"""A description of the machine and the software that a measurement was taken with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def describe() -> dict[str, str | int | float]:
-    """The machine and the versions, as plain values for a JSON record."""
+    """Returns the machine and the versions, as plain values for a JSON record."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
@@ -25,7 +25,7 @@ def describe() -> dict[str, str | int | float]:
 
 
 def describe_gpus() -> dict[str, str | int | float]:
-    """The first GPU, the number of them, and the versions of what drives them."""
+    """Returns the first GPU, the number of GPUs, and the versions of CUDA, driver and NCCL."""
     import torch
 
     properties = torch.cuda.get_device_properties(0)
@@ -49,11 +49,12 @@ def _driver() -> str:
 
 
 def pss_bytes(pid: str = "self") -> int:
-    """Memory of a process in which a page mapped by n processes counts as 1/n."""
+    """Returns a process's PSS in bytes: a page that n processes map counts as 1/n of a page."""
     return _kib(f"/proc/{pid}/smaps_rollup", "Pss") * 1024
 
 
 def rss_bytes(pid: str = "self") -> int:
+    """Returns a process's resident memory in bytes."""
     return _kib(f"/proc/{pid}/status", "VmRSS") * 1024
 
 
@@ -69,7 +70,7 @@ def _kib(path: str, key: str) -> int:
 
 
 def _field(path: str, key: str) -> str:
-    """The value of the first `key: value` line of a file under /proc."""
+    """Returns the value of the first `key: value` line of a file under /proc, or an empty text."""
     for line in Path(path).read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:

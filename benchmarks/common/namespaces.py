@@ -1,7 +1,8 @@
-"""Two hosts on one machine: network namespaces that a pair of virtual interfaces joins.
+"""Two hosts on one machine: network namespaces joined by a pair of virtual interfaces.
 
-Needs Linux, root (or CAP_SYS_ADMIN and CAP_NET_ADMIN) and iproute2. Traffic between the hosts stays
-on their link; nothing else of the machine can be reached from inside, nor reaches in.
+They need Linux, root (or CAP_SYS_ADMIN and CAP_NET_ADMIN) and iproute2. Traffic between the hosts
+stays on their link. Neither can the rest of the machine be reached from inside, nor the hosts from
+outside.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two: a namespace with one interface that leads to the other."""
+    """One of the two hosts: a namespace with one interface, which leads to the other host."""
 
     namespace: str
     interface: str
@@ -43,7 +44,7 @@ class Host:
         os.environ["FASTDDP_HOST_ID"] = self.namespace
 
     def bytes_sent(self) -> int:
-        """Returns how many bytes have left by the link so far, headers included."""
+        """Returns the number of bytes sent over the link so far, including headers."""
         links = json.loads(
             _ip("-json", "-stats", "link", "show", self.interface, of=self.namespace)
         )
@@ -51,12 +52,12 @@ class Host:
         return sent
 
     def unplug(self) -> None:
-        """Takes the link down, for both."""
+        """Takes the link down, for both hosts."""
         _ip("link", "set", self.interface, "down", of=self.namespace)
 
 
 def why_not() -> str | None:
-    """Returns why there cannot be two hosts here; None if there can."""
+    """Returns the reason why two hosts cannot be made here; None if they can."""
     if sys.platform != "linux":
         return "network namespaces are Linux's"
     if shutil.which("ip") is None:
@@ -70,13 +71,13 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def two_hosts(mbit: int | None = None) -> Iterator[tuple[Host, Host]]:
-    """Makes two hosts, and removes them.
+    """Makes two hosts, and removes them at the end of the block.
 
     Args:
-        mbit: speed of the link in either direction, Mbit/s; None for what the machine can.
+        mbit: the speed of the link in Mbit/s, in each direction; None for no limit.
 
     Raises:
-        RuntimeError: where that is not permitted; it holds what the command said.
+        RuntimeError: if the system does not permit it; the message holds the command's output.
     """
     stem = f"fd{os.getpid()}-{next(_numbers)}"  # interfaces have names of at most 15 characters
     hosts = (Host(f"{stem}a", f"{stem}a", "10.98.0.1"), Host(f"{stem}b", f"{stem}b", "10.98.0.2"))
@@ -89,13 +90,13 @@ def two_hosts(mbit: int | None = None) -> Iterator[tuple[Host, Host]]:
         _ip("link", "add", here.interface, "type", "veth", *peer, of=here.namespace)
         for host in hosts:
             name = host.interface
-            # Under IPv6 the kernel would speak up by itself, and disturb the counters.
+            # With an IPv6 address the kernel would send packets of its own, which would be counted.
             _ip("link", "set", name, "addrgenmode", "none", of=host.namespace)
             _ip("addr", "add", f"{host.address}/24", "dev", name, of=host.namespace)
             _ip("link", "set", name, "up", of=host.namespace)
             _ip("link", "set", "lo", "up", of=host.namespace)
             if mbit is not None:
-                burst_kib = max(128, mbit // 8)  # what passes in a millisecond, at least
+                burst_kib = max(128, mbit // 8)  # at least the bytes of a millisecond
                 shape = f"tbf rate {mbit}mbit burst {burst_kib}kb latency 50ms"
                 command = f"qdisc add dev {name} root {shape}"
                 _run("tc", "-netns", host.namespace, *command.split())

@@ -1,4 +1,4 @@
-"""Run a function on N ranks, each a fresh process with a group: gloo over loopback, or NCCL."""
+"""Runs a function on N ranks, each a new process in one group: gloo over loopback, or NCCL."""
 
 from __future__ import annotations
 
@@ -29,12 +29,22 @@ def run_ranks(
     hosts: Sequence[Host] = (),
     backend: str = "gloo",
 ) -> list[Any]:
-    """Call `function(*args)` on every rank and return the results by rank.
-
-    The ranks are spread over the hosts evenly, the first ones on the first; without hosts they
-    speak over loopback. With the backend `nccl` each has the GPU of its number.
+    """Calls `function(*args)` on every rank and returns the results in rank order.
 
     An exception on any rank ends all of them and is raised here with that rank's traceback.
+
+    Args:
+        function: the function to call, which can be pickled.
+        ranks: the number of processes.
+        *args: the arguments of the function.
+        threads: the number of torch's threads on each rank.
+        limit_s: the time in seconds after which all ranks are killed.
+        hosts: the hosts to spread the ranks over evenly, the first ranks on the first host; without
+            hosts the ranks communicate over loopback.
+        backend: the backend of the group. With `nccl` each rank has the GPU of its number.
+
+    Raises:
+        TimeoutError: if the ranks have not finished within `limit_s`.
     """
     with tempfile.TemporaryDirectory(prefix="fastddp-bench-") as folder:
         context = mp.spawn(
@@ -55,6 +65,7 @@ def run_ranks(
 
 
 def read_results(folder: Path, ranks: int) -> list[Any]:
+    """Returns the results that the ranks have left in a folder, in rank order."""
     return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(ranks)]
 
 
@@ -68,7 +79,7 @@ def rank_main(
     hosts: Sequence[Host] = (),
     backend: str = "gloo",
 ) -> None:
-    """What the process of one rank does; it leaves its result in the folder."""
+    """Runs the function in the process of one rank, and leaves its result in the folder."""
     if hosts:
         hosts[rank * len(hosts) // ranks].enter()
     else:

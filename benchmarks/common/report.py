@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes."""
+"""The tables that benchmarks print and the records that they write."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from benchmarks.common.stats import Estimate
 
 
 def append_json(path: Path, records: Sequence[Any]) -> None:
-    """Add dataclass instances to a file, one JSON object a line."""
+    """Adds dataclass instances to a file, as one JSON object per line."""
     with path.open("a") as file:
         for record in records:
             file.write(json.dumps(asdict(record)) + "\n")
 
 
 def print_machine(console: Console, machine: Mapping[str, str | int | float]) -> None:
+    """Prints the machine and the versions, as `benchmarks.common.machine.describe` returns them."""
     console.print(
         "{cpu}, {cores} cores, {memory_gib} GiB, load {load}; "
         "python {python}, torch {torch}, fastddp {fastddp}".format(**machine),
@@ -30,7 +31,7 @@ def print_machine(console: Console, machine: Mapping[str, str | int | float]) ->
 
 
 def print_columns(console: Console, title: str, cells: Mapping[str, Sequence[str]]) -> None:
-    """A table of columns by heading, without those that are empty."""
+    """Prints a table with a column for each heading, and leaves out empty columns."""
     table = Table(title=title, title_justify="left")
     columns = {heading: column for heading, column in cells.items() if any(column)}
     for heading in columns:
@@ -42,6 +43,7 @@ def print_columns(console: Console, title: str, cells: Mapping[str, Sequence[str
 
 
 def shown(estimate: Estimate | None, form: str) -> str:
+    """Returns an estimate and its interval as text; "" for none, "?" if noise hides it."""
     if estimate is None:
         return ""
     if estimate.value is None or estimate.low is None or estimate.high is None:

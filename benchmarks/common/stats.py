@@ -1,4 +1,4 @@
-"""Summaries of interleaved samples: quantiles, figures, and how far noise may move them."""
+"""Summaries of interleaved samples: quantiles, figures, and intervals that noise gives them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Samples = Mapping[str, Sequence[float]]
-"""Per variant, one value per round; index k of every variant was taken in the same round."""
+"""For each variant one value per round. Values with the same index come from the same round."""
 
 Figure = Callable[[Samples], "float | None"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure from all rounds, and the interval in which resampled rounds put it, where they can.
+    """A figure computed from all rounds, with its bootstrap interval.
 
-    None stands for what the samples leave open, such as a share of an overhead they do not show.
+    Attributes:
+        value: the value of the figure; None if the samples do not show it, such as a share of an
+            overhead of 0.
+        low: the lower end of the interval; None if noise hides it.
+        high: the upper end of the interval; None if noise hides it.
     """
 
     value: float | None
@@ -25,7 +29,7 @@ class Estimate:
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
-    """The value below which `fraction` of the samples lie, interpolating between neighbours."""
+    """Returns the value below which `fraction` of the values lie, interpolated linearly."""
     ordered = sorted(values)
     position = fraction * (len(ordered) - 1)
     below = int(position)
@@ -34,32 +38,39 @@ def quantile(values: Sequence[float], fraction: float) -> float:
 
 
 def median(values: Sequence[float]) -> float:
+    """Returns the median of the values."""
     return quantile(values, 0.5)
 
 
 def best(samples: Samples, names: Sequence[str]) -> str:
-    """Of the named variants that were measured, the one with the smallest median."""
+    """Returns the one with the smallest median of the named variants that were measured."""
     return min((name for name in names if name in samples), key=lambda name: median(samples[name]))
 
 
 def slowest_rank(per_rank: Sequence[Sequence[float]]) -> list[float]:
-    """A synchronised step is over when its slowest rank is done."""
+    """Returns the longest time of each step over all ranks: a step ends with its slowest rank."""
     return [max(step) for step in zip(*per_rank, strict=True)]
 
 
 def share_removed(cost: float, of: float) -> float | None:
-    """How much of the cost `of` is gone when `cost` is left; None where there was none at all."""
+    """Returns the share of the cost `of` that is gone if `cost` is left; None without a cost."""
     return 1 - cost / of if of > 0 else None
 
 
 def estimate(
     samples: Samples, figure: Figure, *, level: float = 0.95, draws: int = 1000
 ) -> Estimate:
-    """A figure with its bootstrap interval.
+    """Computes a figure and its bootstrap interval (Efron, 1979).
 
-    Rounds are drawn with replacement and kept whole, so that a slow moment which hit all variants
-    of a round stays common to them. The interval is left open where the figure does not exist in
-    more draws than the interval leaves out on one side.
+    Whole rounds are drawn with replacement, so that a slow moment which affected all variants of a
+    round keeps affecting all of them. There is no interval if the figure does not exist in more
+    draws than the interval leaves out on one side.
+
+    Args:
+        samples: the samples of all variants that the figure needs.
+        figure: the function that computes the figure from samples.
+        level: the probability that the interval covers.
+        draws: the number of times that rounds are drawn.
     """
     value = figure(samples)
     rounds = len(next(iter(samples.values())))

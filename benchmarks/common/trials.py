@@ -1,4 +1,4 @@
-"""How trials are interleaved and guarded, whatever is timed."""
+"""The order of interleaved trials, and guards around them. All benchmarks share these."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch.distributed as dist
 
 
 class WrongResultError(Exception):
-    """A variant's values differ from the reference's, so its time means nothing."""
+    """The values of a variant differ from those of the reference, so its time means nothing."""
 
 
 def turn_order(names: Sequence[str], number: int) -> list[str]:
-    """The order of round `number`: every second round starts one further, the others run backwards.
+    """Returns the order of the variants in round `number`.
 
-    So every variant takes every place, and not always after the same neighbour.
+    Every second round begins one variant later, and the rounds between run backwards. So every
+    variant takes every place, and does not always follow the same neighbour.
     """
     start = (number // 2) % len(names)
     order = [*names[start:], *names[:start]]
@@ -24,7 +25,7 @@ def turn_order(names: Sequence[str], number: int) -> list[str]:
 
 
 def refuse_on_any_rank(problem: str | None) -> None:
-    """Raise on every rank what any rank found."""
+    """Raises an error on every rank if any rank has found a problem. Collective."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):
@@ -34,6 +35,7 @@ def refuse_on_any_rank(problem: str | None) -> None:
 
 @contextmanager
 def no_collector_pauses() -> Iterator[None]:
+    """Turns Python's garbage collector off in a block, so that no pass of it is timed."""
     gc.collect()
     gc.disable()
     try:

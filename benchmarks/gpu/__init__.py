@@ -1,1 +1,1 @@
-"""The same on GPUs: passes over a bucket, tiny tensors, steps."""
+"""Times on GPUs: passes over a bucket, tiny tensors, training steps."""

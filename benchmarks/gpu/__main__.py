@@ -52,7 +52,7 @@ Machine = Mapping[str, "str | int | float"]
 
 @dataclass(frozen=True, kw_only=True)
 class PassRecord:
-    """One pass over a bucket, or over many tiny tensors. `docs/benchmarks.md` says what is what."""
+    """One pass over a bucket or many tiny tensors. `docs/benchmarks.md` explains the fields."""
 
     part: str
     case: str
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def step_parts(parts: Sequence[str], ranks: int) -> dict[str, list[str]]:
-    """The variants of each part at a number of ranks; casting means something among several."""
+    """Returns the variants of each part at a number of ranks. A rank alone has nothing to cast."""
     found = {}
     if "steps" in parts:
         found["steps"] = [name for name in VARIANTS if name in available()]
@@ -152,7 +152,7 @@ def step_parts(parts: Sequence[str], ranks: int) -> dict[str, list[str]]:
 def bandwidth(
     device: torch.device, size_mb: int, rounds: int, machine: Machine
 ) -> list[PassRecord]:
-    """A bucket of `size_mb` million bytes: microseconds of the device, and how a copy compares."""
+    """Times the passes over a bucket of `size_mb` million bytes, in microseconds of the device."""
     passes = bandwidth_passes(device, size_mb * 1_000_000 // 4)
     verify(passes)
     samples = device_us(device, passes, rounds, calls=20)
@@ -161,7 +161,7 @@ def bandwidth(
 
 
 def tiny(device: torch.device, count: int, rounds: int, machine: Machine) -> list[PassRecord]:
-    """Many tiny tensors: microseconds until the result is there, and until the call is back."""
+    """Times passes over many tiny tensors: until the result is complete, and until they return."""
     passes = tiny_passes(device, count)
     verify(passes)
     done, returned = wall_us(device, passes, rounds)
@@ -206,7 +206,7 @@ def pass_records(
 
 
 def _copy_share(passes: Mapping[str, Pass], samples: Samples, name: str) -> Estimate | None:
-    """Bytes per second as a share of those of a copy on the same device."""
+    """Returns a pass's bytes per second as a share of those of a copy on the same device."""
     if COPY not in passes or name == COPY:
         return None
     bytes_ratio = passes[name].num_bytes / passes[COPY].num_bytes
@@ -240,7 +240,7 @@ def print_passes(console: Console, records: Sequence[PassRecord]) -> None:
 def step_records(
     part: str, plan: StepPlan, results: Sequence[StepResult], machine: Machine
 ) -> list[StepRecord]:
-    """One record for each variant, of its slowest rank in each round."""
+    """Makes one record for each variant, from the slowest rank of each round."""
 
     def slowest(samples: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
         return {name: slowest_rank([one[name] for one in samples]) for name in plan.variants}
@@ -278,12 +278,12 @@ def step_records(
 
 
 def _own(name: str) -> Figure:
-    """A wrapper's own time in microseconds: what a step takes beyond one without a wrapper."""
+    """Returns the figure of a wrapper's own time: microseconds beyond a step without a wrapper."""
     return lambda s: 1e3 * (median(s[name]) - median(s[NOSYNC]))
 
 
 def _host_share(name: str) -> Figure:
-    """A wrapper's own time as a share of that of torch's; None where torch's shows none."""
+    """Returns the figure of a wrapper's own time as a share of that of torch's class."""
 
     def figure(s: Samples) -> float | None:
         torchs = median(s[TORCH]) - median(s[NOSYNC])
@@ -323,7 +323,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         default=list(SIZES_MB),
         metavar="MB",
-        help="of a bucket of float32, in million bytes",
+        help="sizes of a bucket of float32, in million bytes",
     )
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL"
@@ -332,7 +332,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--gpus",
         nargs="+",
         type=int,
-        help="numbers of ranks, each with a GPU; by default 1 and all that there are",
+        help="numbers of ranks, each with a GPU; by default 1 and the number of GPUs",
     )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(

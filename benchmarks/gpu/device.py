@@ -1,6 +1,6 @@
-"""What one device does with a bucket: the passes that are timed, verified and compared.
+"""The passes over a bucket on one device, which are verified, timed and compared.
 
-A *pass* works on one set of buffers after the other, so that none is still in the device's cache.
+A *pass* uses several sets of buffers in turn, so that none is still in the device's cache.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ CYCLES_PER_S = 2e9  # of a GPU's clock, at most
 
 @dataclass(frozen=True)
 class Pass:
-    """One thing to time."""
+    """A function to time, and a check of its result."""
 
     run: Callable[[], object]
     num_bytes: int
-    """Read and written."""
+    """The bytes that a call reads and writes."""
     check: Callable[[], str | None]
-    """Runs it, and says what is wrong with the result."""
+    """Runs it and returns what is wrong with the result; None if nothing is."""
 
 
 @dataclass
 class Buffers:
-    """One set: a bucket's tensors, what they go to, and as much again to copy to."""
+    """One set of buffers: the tensors of a bucket, its flat buffers, and another one to copy to."""
 
     tensors: list[Tensor]
     flat: Tensor
@@ -47,7 +47,7 @@ class Buffers:
 
 
 def bandwidth_passes(device: torch.device, numel: int) -> dict[str, Pass]:
-    """A bucket of `numel` float32 elements in weights and biases: flattened, and back."""
+    """Makes passes that flatten and unflatten a bucket of `numel` float32 elements."""
     import fastddp
 
     sets = [_buffers(device, numel, seed) for seed in range(_num_sets(device, 4 * numel))]
@@ -122,7 +122,7 @@ def _buffers(device: torch.device, numel: int, seed: int) -> Buffers:
 
 
 def _num_sets(device: torch.device, num_bytes: int) -> int:
-    """So many that four times the cache is used between two uses of one; two at least."""
+    """Returns how many sets fill four times the cache, so that none is in it; at least two."""
     if device.type == "cpu":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -133,7 +133,7 @@ def _num_sets(device: torch.device, num_bytes: int) -> int:
 
 
 def tiny_passes(device: torch.device, count: int) -> dict[str, Pass]:
-    """`count` tensors of 1 to 256 elements into one flat buffer, by several means."""
+    """Makes passes that copy `count` tensors of 1 to 256 elements into one buffer."""
     import fastddp
 
     tensors = [torch.randn(1 + 37 * n % 256, device=device) for n in range(count)]
@@ -166,7 +166,7 @@ def tiny_passes(device: torch.device, count: int) -> dict[str, Pass]:
 
 
 def verify(passes: Mapping[str, Pass]) -> None:
-    """Raise unless every pass does what it says."""
+    """Raises an error unless every pass gives the right result."""
     for name, one in passes.items():
         problem = one.check()
         if problem is not None:
@@ -174,7 +174,7 @@ def verify(passes: Mapping[str, Pass]) -> None:
 
 
 def device_us(device: torch.device, passes: Mapping[str, Pass], rounds: int, calls: int) -> Samples:
-    """Microseconds of the device for a call, by pass, one sample a round, in changing order."""
+    """Returns the microseconds of the device per call: for each pass one sample per round."""
     samples: dict[str, list[float]] = {name: [] for name in passes}
     for number in range(rounds + 1):
         for name in turn_order(list(passes), number):
@@ -196,7 +196,7 @@ def _timed_on_device(device: torch.device, run: Callable[[], object], calls: int
     run()
     host_s = time.perf_counter() - begin
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Keeps the device busy until the host has launched all, or its time would be measured.
+    # Keeps the device busy until the host has launched all calls. Else the host's time is measured.
     torch.cuda._sleep(int(min(0.5, 2 * calls * host_s) * CYCLES_PER_S))
     start.record()
     for _ in range(calls):
@@ -209,7 +209,7 @@ def _timed_on_device(device: torch.device, run: Callable[[], object], calls: int
 def wall_us(
     device: torch.device, passes: Mapping[str, Pass], rounds: int
 ) -> tuple[Samples, Samples]:
-    """Microseconds until the result is there, and until the call returns; as `device_us`."""
+    """Returns the microseconds until the result is complete, and until the call returns."""
     done: dict[str, list[float]] = {name: [] for name in passes}
     returned: dict[str, list[float]] = {name: [] for name in passes}
     for number in range(rounds + 1):
@@ -226,6 +226,6 @@ def wall_us(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that a device was given."""
+    """Waits until a device has done all its work."""
     if device.type != "cpu":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What a rank with a GPU does: as `benchmarks.step.measure`, on a device that has streams."""
+"""The work of a rank with a GPU: `benchmarks.step.measure` for a device that has streams."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ALL_VARIANTS = VARIANTS | BF16_VARIANTS
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What to measure; the same object goes to every rank."""
+    """The model and variants to measure; every rank gets the same plan."""
 
     model: str
     variants: tuple[str, ...]
@@ -68,19 +68,19 @@ class StepPlan:
 
 @dataclass(kw_only=True)
 class StepResult:
-    """One rank's samples by variant, one a round, in milliseconds."""
+    """One rank's samples in milliseconds: for each variant one per round."""
 
     gradient_bytes: int
     step_ms: dict[str, list[float]] = field(default_factory=dict)
-    """From the beginning of a step on the device to its end there."""
+    """The time from the beginning of a step on the device to its end on the device."""
     host_ms: dict[str, list[float]] = field(default_factory=dict)
-    """Until the calls of a step have returned."""
+    """The time until the calls of a step have returned."""
     cpu_ms: dict[str, list[float]] = field(default_factory=dict)
-    """Of the CPU, in all threads."""
+    """The CPU time of all threads."""
 
 
 def measure_steps(plan: StepPlan) -> StepResult:
-    """Verify and time all variants of a plan; every rank calls it with the same plan."""
+    """Verifies and times all variants of a plan. Collective: every rank has the same plan."""
     rank = dist.get_rank()
     device = torch.device(plan.device_type, rank if plan.device_type == "cuda" else None)
     world = dist.group.WORLD
@@ -138,7 +138,7 @@ def _timed_step(device: torch.device, replica: Replica, batch: Batch) -> tuple[f
 
 
 def _first_problem(replicas: dict[str, Replica]) -> str | None:
-    """Compare gradients with those of torch's class, as far as kernels give the same ones twice."""
+    """Describes the first gradient that differs from torch's by more than rounding, if one does."""
     reference = replicas[TORCH].gradients()
     for name, replica in replicas.items():
         if not replica.variant.synchronises or name == TORCH:
@@ -155,6 +155,6 @@ def _first_problem(replicas: dict[str, Replica]) -> str | None:
 
 
 def _distance(got: Tensor, due: Tensor) -> float:
-    """As a share of the norm of what is due; 0 where both are 0, or below what float32 resolves."""
+    """Returns the difference as a share of the norm of `due`; 0 if it is too small for float32."""
     difference, norm = (got - due).norm().item(), due.norm().item()
     return 0.0 if difference <= 1e-12 else difference / max(norm, 1e-12)

@@ -1,6 +1,6 @@
 """How fast are ranks on two hosts? `python -m benchmarks.hosts --help`.
 
-The hosts are network namespaces of this machine that a link of limited speed joins: it needs root.
+The hosts are network namespaces of this machine, joined by a link of limited speed. Needs root.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=size,
         default=list(SIZES),
         metavar="SIZE",
-        help=f"of the operand of an all-reduce, by default {' '.join(SIZES)}",
+        help=f"sizes of the operand of an all-reduce, by default {' '.join(SIZES)}",
     )
     parser.add_argument(
         "--models",
@@ -81,10 +81,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=MODELS,
         default=[],
         metavar="MODEL",
-        help=f"to time steps of, of {', '.join(MODELS)}; by default none",
+        help=f"models to time steps of: {', '.join(MODELS)}; by default none",
     )
-    parser.add_argument("--ranks", type=int, default=4, help="together; half of them on each host")
-    parser.add_argument("--mbit", type=int, default=1000, help="of the link, Mbit/s, either way")
+    parser.add_argument("--ranks", type=int, default=4, help="ranks, half of them on each host")
+    parser.add_argument("--mbit", type=int, default=1000, help="link speed each way, Mbit/s")
     parser.add_argument("--rounds", type=int, default=10, help="timed batches of each case")
     parser.add_argument("--json", type=Path, help="add one JSON object for each case to this file")
     return parser.parse_args(arguments)

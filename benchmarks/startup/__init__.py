@@ -1,1 +1,1 @@
-"""What it costs until training can begin."""
+"""The time and memory until training can begin."""

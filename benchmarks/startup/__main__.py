@@ -1,4 +1,4 @@
-"""What does it cost until training can begin? `python -m benchmarks.startup --help`."""
+"""How much time and memory does it take to begin? `python -m benchmarks.startup --help`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIDES = ("torch", "fastddp")
 
 @dataclass(frozen=True, kw_only=True)
 class StartupRecord:
-    """One figure of one side; `docs/benchmarks.md` says what each figure is."""
+    """One figure of one side. `docs/benchmarks.md` explains each figure."""
 
     side: str
     figure: str
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     machine = describe()
     print_machine(console, machine)
-    for side in SIDES:  # not counted: it fills the page cache and writes the bytecode
+    for side in SIDES:  # not counted, because it fills the page cache and writes bytecode
         run_probe(side)
     samples: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(options.repeats):
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_probe(side: str) -> dict[str, float]:
-    """Measure one side in a fresh interpreter."""
+    """Measures one side in a new interpreter."""
     command = [sys.executable, "-m", "benchmarks.startup.probe", side]
     result = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=300

@@ -1,7 +1,7 @@
-"""One fresh process of the start-up benchmark.
+"""The process that one measurement of start-up runs in.
 
-`python -m benchmarks.startup.probe torch` (or `fastddp`) prints one JSON object. Nothing may
-be imported before its import is timed, so this file keeps to the standard library at its top.
+`python -m benchmarks.startup.probe torch` (or `fastddp`) prints one JSON object. A module must not
+be imported before its import is timed, so this file imports only the standard library at its top.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def timed_ms(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def import_wrapper(side: str) -> type:
-    """The class that wraps a module; torch is already imported."""
+    """Returns the class that wraps a module. Torch is imported already."""
     if side == "fastddp":
         import fastddp
 

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def memory(plan: Plan, options: argparse.Namespace) -> dict[str, int]:
-    """Each variant alone, since what it shares a process with would count as its own."""
+    """Measures each variant in processes of its own, because memory of others would count too."""
     return {
         variant.name: max(
             run_ranks(

@@ -1,4 +1,4 @@
-"""What a rank does: build every variant, prove it right, then time it.
+"""The work of a rank: build every variant, verify its results, then time it.
 
 Words: a *replica* is one variant's copy of the model. A *round* times one step of every replica, in
 an order that changes from round to round.
@@ -24,7 +24,7 @@ SEED = 17
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to measure; the same object goes to every rank."""
+    """The models and variants to measure; every rank gets the same plan."""
 
     model: str
     variants: tuple[Variant, ...]
@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass(kw_only=True)
 class RankResult:
-    """One rank's part of a measurement; times by variant, one per round."""
+    """One rank's part of a measurement: for each variant one time per round."""
 
     gradient_bytes: int
     dtype: str
@@ -52,7 +52,7 @@ class RankResult:
 
 
 def measure(plan: Plan) -> RankResult:
-    """Verify and time all variants of a plan; every rank calls it with the same plan."""
+    """Verifies and times all variants of a plan. Collective: every rank has the same plan."""
     if TORCH not in {variant.name for variant in plan.variants}:
         raise ValueError(
             f"{TORCH!r} is what the others are verified against: add it to the variants"
@@ -91,7 +91,7 @@ def measure(plan: Plan) -> RankResult:
 
 
 def measure_memory(plan: Plan) -> int:
-    """The peak of this rank's memory (PSS, bytes) while it trains the plan's only variant."""
+    """Returns the peak of this rank's PSS in bytes while it trains the plan's only variant."""
     (variant,) = plan.variants
     model = MODELS[plan.model]
     replica = Replica(variant, model.build(SEED), model, make_groups())
@@ -117,6 +117,6 @@ def timed_step_ms(replica: Replica, batch: Batch) -> float:
 
 
 def _wait_us(replica: Replica) -> float | None:
-    """Microseconds a variant has waited for communication so far, where it counts them."""
+    """Returns the microseconds that a variant has waited for communication, if it counts them."""
     stats = getattr(replica.wrapped, "stats", None)
     return float(stats().wait_us_total) if callable(stats) else None

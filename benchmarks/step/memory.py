@@ -17,7 +17,7 @@ class Peak:
 
 @contextmanager
 def sampled_peak(every_s: float = 0.005) -> Iterator[Peak]:
-    """Watch this process's PSS from a thread; the kernel keeps a peak of RSS only."""
+    """Watches this process's PSS from a thread. The kernel records the peak of RSS only."""
     peak = Peak()
     stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Six models, each of which stresses another part of a gradient synchroniser.
+"""Six models that stress different parts of a gradient synchroniser.
 
 Data is random and made from (rank, step) alone, so that every variant sees the same batches and
 nothing is downloaded.
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One benchmark model: how to make it, its data and its loss."""
+    """One benchmark model, with the functions that make it, its data and its loss."""
 
     name: str
     stresses: str
@@ -31,18 +31,18 @@ class Model:
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 
     def build(self, seed: int) -> nn.Module:
-        """The same weights for the same seed, on every rank."""
+        """Makes the model, with the same weights on every rank for the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.make()
 
     def batch(self, rank: int, step: int) -> Batch:
-        """Each rank and step has a batch of its own."""
+        """Makes the batch of a rank in a step. Each rank and step has a batch of its own."""
         return self.draw(torch.Generator().manual_seed(1_000_003 * step + rank))
 
 
 def gradient_bytes(module: nn.Module) -> int:
-    """What one all-reduce of every gradient carries."""
+    """Returns the number of bytes of all gradients of a module."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
@@ -68,7 +68,7 @@ def draw_mlp(generator: torch.Generator) -> Batch:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions, each with BatchNorm, beside a shortcut."""
+    """Convolutions of 1x1, 3x3 and 1x1, each with BatchNorm, and a shortcut around them."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -209,9 +209,9 @@ def draw_tiny(generator: torch.Generator) -> Batch:
 
 
 class PartlyUnused(Tiny):
-    """The same parameters, of which every step leaves out three in ten, always the same.
+    """The same parameters, but every step leaves out the same three in ten.
 
-    `has_unused` tells the variants of torch's class that need to be told.
+    `has_unused` makes the variants of torch's class that need it look for unused parameters.
     """
 
     has_unused = True

@@ -1,4 +1,4 @@
-"""Turn the ranks' samples into records, and records into a table."""
+"""Turns the ranks' samples into records, and records into a table."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_records(
     machine: Mapping[str, str | int | float],
     pss_peak_bytes: Mapping[str, int],
 ) -> list[Record]:
-    """One record for each variant of the plan, in the plan's order."""
+    """Makes one record for each variant of the plan, in the plan's order."""
     samples = {
         variant.name: slowest_rank([result.step_ms[variant.name] for result in results])
         for variant in plan.variants
@@ -98,9 +98,10 @@ def make_records(
 
 
 def figures(variant: Variant, samples: Samples) -> dict[str, Figure]:
-    """The figures that make sense for a variant, given which others were measured beside it.
+    """Returns the figures that make sense for a variant, given the other variants in the samples.
 
-    Each picks torch's best anew from the samples it is given, so that intervals include the choice.
+    Each figure chooses torch's best anew from the samples that it is given, so that the intervals
+    include this choice.
     """
     name, twin = variant.name, variant.twin
 
@@ -108,7 +109,7 @@ def figures(variant: Variant, samples: Samples) -> dict[str, Figure]:
         return median(s[best(s, TORCH_VARIANTS)])
 
     def over(s: Samples, of: str) -> float:
-        """What a variant costs above training without synchronisation."""
+        """Returns the time that a variant takes beyond training without synchronisation."""
         return median(s[of]) - median(s[NOSYNC])
 
     found: dict[str, Figure] = {"ratio": lambda s: torch_best(s) / median(s[name])}
@@ -116,7 +117,7 @@ def figures(variant: Variant, samples: Samples) -> dict[str, Figure]:
         found["exposed_ms"] = lambda s: median(s[name]) - median(s[twin])
     if NOSYNC not in samples or not variant.synchronises or name in TORCH_VARIANTS:
         return found
-    if variant.keeps_memory:  # what it saves is not only torch's overhead
+    if variant.keeps_memory:  # it saves more than torch's overhead
         return found
     found["removed"] = lambda s: share_removed(over(s, name), of=torch_best(s) - median(s[NOSYNC]))
     if twin is not None and twin in samples and TORCH_NOOP in samples:
@@ -125,7 +126,7 @@ def figures(variant: Variant, samples: Samples) -> dict[str, Figure]:
 
 
 def print_table(console: Console, records: Sequence[Record]) -> None:
-    """One model's variants."""
+    """Prints the variants of one model."""
     first = records[0]
     title = (
         f"{first.model}: {first.gradient_bytes / 1e6:.1f} MB of {first.dtype} gradients, "

@@ -26,7 +26,7 @@ class Replica:
         self.model.loss(self.wrapped(batch.inputs), batch.targets).backward()
 
     def prepare(self) -> None:
-        """To be called before each backward or step, outside of what is timed."""
+        """Sets the allocator. Call it before each backward or step, outside of the timed part."""
         keep_memory(self.variant.keeps_memory)
 
     def step(self, batch: Batch) -> None:
@@ -37,5 +37,5 @@ class Replica:
         return {name: p.grad for name, p in self.bare.named_parameters() if p.grad is not None}
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and buffers."""
+        """Returns the weights and buffers by name."""
         return dict(self.bare.state_dict())

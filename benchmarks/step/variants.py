@@ -1,7 +1,8 @@
-"""The table of what is compared. A new variant is one more line in VARIANTS.
+"""The table of the variants that are compared. A new variant is one more line in VARIANTS.
 
 Every function is at module level and every option is in a `partial`, because variants are pickled
-on the way to the ranks. Annotations are not postponed here: torch compares a hook's as objects.
+on their way to the ranks. Annotations are not postponed in this file, because torch compares those
+of a hook as objects.
 """
 
 import importlib.util
@@ -18,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 
 class Groups(NamedTuple):
-    """The process groups a variant may use; each spans all ranks."""
+    """The process groups that a variant may use. Each has all ranks."""
 
     real: dist.ProcessGroup
-    silent: dist.ProcessGroup  # every collective returns at once and moves nothing
+    silent: dist.ProcessGroup  # every collective returns at once and moves no data
 
 
 Wrap = Callable[[nn.Module, Groups], nn.Module]
@@ -31,10 +32,14 @@ Wrap = Callable[[nn.Module, Groups], nn.Module]
 class Variant:
     """One way of training a module.
 
-    `synchronises` says that its gradients must equal the reference's; the others are yardsticks
-    whose values are not checked. `twin` names the variant that does the same work less the
-    communication. `keeps_memory` says that its steps run with fastddp's memory that stays mapped
-    when large tensors are freed; the others run with torch's own allocator, whoever's they are.
+    Attributes:
+        name: the name in the command line and in records.
+        wrap: the function that wraps a module for training.
+        synchronises: whether the gradients must equal those of the reference. The values of other
+            variants are not checked; they are there for comparison only.
+        twin: the name of the variant that does the same work without the communication.
+        keeps_memory: whether the steps run with fastddp's allocator, which keeps the memory of
+            large tensors. All other variants run with torch's own allocator.
     """
 
     name: str
@@ -65,10 +70,10 @@ def torch_ddp(
 
 
 def torch_silent(module: nn.Module, groups: Groups, *, view: bool = False) -> nn.Module:
-    """Torch's reducer with every bucket finished as soon as it is full.
+    """Torch's reducer, with every bucket finished as soon as it is full.
 
-    The hook is needed because a silent group's future carries no tensors, and torch's own path
-    insists on them.
+    The hook is needed because the future of a silent group has no tensors, which torch's own path
+    requires.
     """
     ddp = TorchDDP(
         module,
@@ -81,7 +86,7 @@ def torch_silent(module: nn.Module, groups: Groups, *, view: bool = False) -> nn
 
 
 def _has_unused(module: nn.Module) -> bool:
-    """Whether torch's class has to be told that a step leaves parameters out."""
+    """Returns whether torch's class has to be told that a step leaves out parameters."""
     return getattr(module, "has_unused", False)
 
 
@@ -123,7 +128,7 @@ VARIANTS = {
 
 
 def keep_memory(on: bool) -> None:
-    """Chooses the allocator of this process, which wrapping by fastddp may have changed."""
+    """Turns fastddp's allocator on or off, which wrapping a model may have turned on."""
     if importlib.util.find_spec("fastddp") is None:
         return
     from fastddp import extension
@@ -134,7 +139,7 @@ def keep_memory(on: bool) -> None:
 
 
 def available() -> list[str]:
-    """The names of all variants that this installation can run."""
+    """Returns the names of all variants that this installation can run."""
     missing: set[str] = set()
     kept = {name for name, variant in VARIANTS.items() if variant.keeps_memory}
     if importlib.util.find_spec("fastddp") is None:

@@ -1,4 +1,4 @@
-"""What makes a step's time mean something: the values are those of torch's class."""
+"""Verifies that a variant computes the values of torch's class; else its time means nothing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from benchmarks.step.variants import TORCH
 
 
 def one_order_of_summation() -> bool:
-    """With two ranks a + b is b + a, so right results are equal bit for bit."""
+    """Returns whether a sum has one order only: a + b equals b + a, so bits can be compared."""
     return dist.get_world_size() <= 2
 
 
 def check_steps(
     replicas: Mapping[str, Replica], original: nn.Module, model: Model, steps: int
 ) -> str | None:
-    """Compare each synchronising replica's gradients and buffers with torch's, batch by batch.
+    """Compares the gradients and buffers of each synchronising replica with those of torch.
 
-    The weights stay as they were built, so that each step is judged on its own. All steps are run
-    whatever is found: a rank that stopped early would leave the others waiting in a collective.
-    Returns the first problem.
+    The weights do not change, so that each step is compared by itself. All steps are run in any
+    case, because a rank that stopped early would leave the others waiting in a collective.
+
+    Returns:
+        The first problem; None if there is none.
     """
     problem = None
     for step in range(steps):
@@ -44,7 +46,7 @@ def check_steps(
 
 
 def check_training(replicas: Mapping[str, Replica]) -> str | None:
-    """After the timed steps every synchronising replica has been trained to the same bits."""
+    """Returns the first difference between the synchronising replicas after the timed steps."""
     reference = replicas[TORCH].state()
     for replica in replicas.values():
         if replica.variant.synchronises:
@@ -59,7 +61,7 @@ def first_difference(
     candidate: Mapping[str, Tensor],
     bound: Mapping[str, Tensor] | None = None,
 ) -> str | None:
-    """Describe the first tensor that differs in any bit, or by more than `bound`, if one does."""
+    """Describes the first tensor that differs in any bit, or by more than `bound`, if one does."""
     for name in dict.fromkeys([*reference, *candidate]):
         if name not in candidate or name not in reference:
             return f"only {'torch' if name in reference else 'the variant'} has {name}"
@@ -78,12 +80,13 @@ def first_difference(
 
 
 def rounding_bound(original: nn.Module, model: Model, batch: Batch) -> dict[str, Tensor]:
-    """How far two right averages over the ranks may lie apart, for each element of each gradient.
+    """Returns how much two correct averages may differ, for each element of each gradient.
 
-    W gradients g are summed in W - 1 rounded additions and scaled in one more rounded operation, in
-    whatever order. Each rounding errs by at most u * sum|g| (before the scaling), u being half the
-    machine epsilon. So an average errs by at most W * u * sum|g| / W, and two of them lie within
-    2u * sum|g| = epsilon * sum|g|. One percent more is allowed for terms of order u squared.
+    W gradients g are summed by W - 1 rounded additions, in any order, and scaled by one more
+    rounded operation. Each rounding has an error of at most u * sum|g| (before the scaling), with u
+    half the machine epsilon. So an average has an error of at most W * u * sum|g| / W, and two
+    averages differ by at most 2u * sum|g| = epsilon * sum|g|. One percent more is allowed for terms
+    of order u squared. (Higham, "Accuracy and Stability of Numerical Algorithms", section 4.2.)
     """
     original.zero_grad(set_to_none=True)
     model.loss(original(batch.inputs), batch.targets).backward()
