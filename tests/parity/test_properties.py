@@ -167,7 +167,7 @@ def must_be_the_same(one: Trace, other: Trace, what: str) -> None:
             assert bits(x) == bits(y), f"{what}: operation {step}: p{index}: {x} and {y}"
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 60)
+@pytest.mark.timeout(0 if EXAMPLES else 120)
 @pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
 def test_random_programs(world_size: int) -> None:
     if os.environ.get("FASTDDP_REQUIRE_NATIVE") == "1":
