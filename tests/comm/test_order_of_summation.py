@@ -13,15 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.comm.common import (
-    FLOATS,
-    case,
-    kinds_of_memory,
-    not_gloo,
-    operand,
-    reduce_op,
-    run_group,
-)
+from tests.comm.common import FLOATS, case, kinds_of_memory, not_gloo, operand, reduce_op, run_group
 from tests.slow import slow_but_for
 
 SIZES = (1, 7, 1000, 32_769, 140_001)  # the last: more than all staging slots hold

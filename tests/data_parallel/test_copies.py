@@ -24,20 +24,11 @@ from fastddp.data_parallel.fan import Fan, _behind
 from fastddp.data_parallel.packing import ALIGN_BYTES, Layout, Packing, fused_copies
 from fastddp.data_parallel.replicate import Replicator
 from fastddp.data_parallel.stand_ins import _buckets
+from tests.data_parallel.common import Call, Scale, assert_bits_of_pieces
 from tests.models import CASES, ConvNet, loss_of
-from tests.parity.test_data_parallel import Call, Scale, assert_bits_of_pieces
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 TWO, THREE = (["cpu"] * count for count in (2, 3))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """How sums are grouped depends on the number of intra-op threads, which replicas divide."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
