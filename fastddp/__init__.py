@@ -9,7 +9,7 @@ Example::
 
 from fastddp.comm.launch import init_process_group
 from fastddp.comm.shm import register as _register_shm
-from fastddp.comm.spawn.parent import spawn
+from fastddp.comm.spawn.start import spawn
 from fastddp.data.gather import gather_unpadded
 from fastddp.data.sampler import DistributedSampler
 from fastddp.data_parallel.module import DataParallel

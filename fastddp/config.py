@@ -57,6 +57,11 @@ def keep_memory() -> bool:
     return _is_on("FASTDDP_KEEP_MEMORY")
 
 
+def side_stream() -> bool:
+    """Returns whether inputs go to their GPU on a stream of their own, as torch's variable says."""
+    return os.environ.get("PYTORCH_DDP_USE_SIDE_STREAM", "1") == "1"
+
+
 def _is_on(name: str) -> bool:
     value = os.environ.get(name) or "1"
     if value not in ("0", "1"):

@@ -153,10 +153,10 @@ def _engine() -> Choice:
 
 
 def _launcher() -> str:
-    from fastddp.comm import launch
+    from fastddp.comm.environment import describe_environment
 
     try:
-        environment = launch.describe_environment()
+        environment = describe_environment()
     except (RuntimeError, ValueError) as error:
         return str(error)
     if not environment.launched:
@@ -171,17 +171,17 @@ def _launcher() -> str:
 
 
 def _device() -> Choice:
-    from fastddp.comm import launch
+    from fastddp.comm.environment import find_cuda_device, find_local_rank
 
     if not torch.cuda.is_available():
         return Choice("cpu", "torch sees no CUDA device")
     try:
-        local_rank = launch.find_local_rank()
+        local_rank = find_local_rank()
     except (RuntimeError, ValueError) as error:
         return Choice("none", str(error))
     if local_rank is None:
         return Choice("cuda:0", "LOCAL_RANK is not set")
-    index = launch.find_cuda_device(local_rank)
+    index = find_cuda_device(local_rank)
     if index is None:
         return Choice("none", f"there is no GPU for local rank {local_rank}")
     return Choice(f"cuda:{index}", f"local rank {local_rank}")
@@ -198,7 +198,8 @@ def _memory() -> Choice:
 
 
 def _process_group() -> Choice:
-    from fastddp.comm import launch
+    from fastddp.comm.environment import describe_environment
+    from fastddp.comm.launch import default_backend
 
     if not dist.is_available():
         return Choice("none", "this torch was built without torch.distributed")
@@ -206,12 +207,12 @@ def _process_group() -> Choice:
         ranks = f"rank {dist.get_rank()} of {dist.get_world_size()}"
         return Choice("the default group", f"it exists: {dist.get_backend()}, {ranks}")
     try:
-        environment = launch.describe_environment()
+        environment = describe_environment()
     except (RuntimeError, ValueError) as error:
         return Choice("none", str(error))
     if not environment.launched:
         return Choice("none", "no launcher started it as a rank: one process, nothing to reduce")
     return Choice(
-        f"a new group, {launch.default_backend()}",
+        f"a new group, {default_backend()}",
         f"launched as rank {environment.rank} of {environment.world_size}",
     )

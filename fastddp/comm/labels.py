@@ -1,4 +1,4 @@
-"""Labels: whose a collective is, so that one model's can never be taken for another's.
+"""Labels: which model a collective belongs to, so that two models' collectives never mix.
 
 On shared memory the ranks compare them before memory is touched (``csrc/shm/label.h``); buckets
 carry them on every transport (``fastddp/engine/marks.py``).
@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from fastddp import extension
 
 WHOLE = 0xFFFFFFFF
-"""What a label says of a collective that is of no bucket."""
+"""The part of a label that stands for the whole model, and not for one bucket."""
 
 _num_wrapped: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
 
@@ -30,16 +30,17 @@ class Owner:
     number: int
     """32 bits; not 0, which is the script itself."""
     title: str
-    """For messages."""
+    """What messages call the model."""
 
 
 def number_models(group: ProcessGroup, module: nn.Module, together: bool) -> Owner:
-    """Returns the owner for the next model that is wrapped in a group, on every rank the same.
+    """Returns the owner for the next model that is wrapped in a group; the same on every rank.
 
     Args:
-        group: where.
-        module: the model.
-        together: whether all ranks wrap it now; else they need not have wrapped as many before.
+        group: the ranks that wrap the model.
+        module: the model to be wrapped.
+        together: whether all ranks wrap it now. If not, they need not have wrapped equally many
+            models before, and the owner is that of all such models.
     """
     if not together:
         return _owner("apart", f"model '{type(module).__name__}'")
@@ -49,7 +50,11 @@ def number_models(group: ProcessGroup, module: nn.Module, together: bool) -> Own
 
 
 def owner_of_copy(module: nn.Module) -> Owner:
-    """Returns the owner for a copy of a wrapped model, which any rank may make alone."""
+    """Returns the owner for a copy of a wrapped model, which any rank may make alone.
+
+    Args:
+        module: the copy of the model.
+    """
     return _owner("copy", f"a copy of model '{type(module).__name__}'")
 
 
@@ -66,7 +71,12 @@ def introduce(owner: Owner) -> None:
 
 @contextmanager
 def labelled(owner: int, what: int = WHOLE) -> Iterator[None]:
-    """Labels the collectives that this thread launches inside."""
+    """Labels the collectives that this thread launches inside.
+
+    Args:
+        owner: the number of the model that they belong to.
+        what: the number of a bucket, or :data:`WHOLE`.
+    """
     native = extension.load()
     if native is None:  # then there is no shared memory either
         yield

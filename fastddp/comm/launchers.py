@@ -1,7 +1,7 @@
 """What srun, MPI's launchers and batch systems say about a process: who it is, where ranks meet.
 
 Functions of the environment alone, so that all ranks come to the same meeting point without having
-talked. What the environment does not say is None; :mod:`fastddp.comm.launch` makes an error of it.
+talked. What it does not say is None; :mod:`fastddp.comm.environment` makes an error of it.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def find(environ: Mapping[str, str] | None = None) -> Place | None:
     An allocation alone (``salloc``, a batch script) starts no ranks.
 
     Raises:
-        RuntimeError: if one of its numbers is none.
+        RuntimeError: if a variable that should hold a number does not.
     """
     environ = os.environ if environ is None else environ
     launcher = next((each for each in _LAUNCHERS if _started_by(each, environ)), None)
@@ -171,7 +171,7 @@ def number(name: str, environ: Mapping[str, str]) -> int | None:
     """Returns a variable's value, or None where it is not set.
 
     Raises:
-        RuntimeError: if it is no number.
+        RuntimeError: if the value is not a number.
     """
     text = environ.get(name)
     if text is None:
@@ -276,7 +276,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _read(pid: int, what: str) -> bytes:
-    """Returns what the system tells of a process; nothing of another user's, which is no rank."""
+    """Returns what the system tells of a process; nothing of another user's process."""
     try:
         return Path(f"/proc/{pid}/{what}").read_bytes()
     except OSError:

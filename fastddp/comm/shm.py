@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import functools
-import hashlib
-import json
-import logging
-import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,14 +26,19 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from fastddp import config, extension
-from fastddp.comm.collectives import Loan, settle
-from fastddp.version import __version__
-
-_log = logging.getLogger("fastddp")
+from fastddp.comm.hosts import (
+    Announcement,
+    Hosts,
+    announced,
+    choose_hosts,
+    introduction,
+    read_address,
+    this_host,
+)
+from fastddp.comm.meeting import Meeting, explained, short
 
 _GlooOptions = Any  # a timeout, or dist.ProcessGroupGloo._Options, which torch's stubs leave out
 
-_MESSAGE_BYTES = 4096
 _CPU = torch.device("cpu")
 
 # Each group's counterpart, as long as the group lives; None where there is none.
@@ -113,7 +113,11 @@ def counterpart(group: ProcessGroup, device: torch.device) -> ProcessGroup:
 
     Collective at the first call for a group. Returns the group itself where there is nothing to
     gain: tensors that are not on the CPU, another backend than gloo, no ranks that share a host.
-    What is returned lives as long as the group.
+    The group that is returned lives as long as the given one.
+
+    Args:
+        group: the ranks that communicate.
+        device: the device of the tensors that they will send.
     """
     if device.type != "cpu" or group.size() == 1:
         return group
@@ -123,7 +127,7 @@ def counterpart(group: ProcessGroup, device: torch.device) -> ProcessGroup:
 
 
 def has_to_meet(group: ProcessGroup, device: torch.device) -> bool:
-    """Returns whether :func:`counterpart` would be collective now."""
+    """Returns whether :func:`counterpart` with these arguments would be collective now."""
     return device.type == "cpu" and group.size() > 1 and group not in _counterparts
 
 
@@ -154,24 +158,10 @@ def _make_gloo(name: str, store: Any, rank: int, size: int, options: _GlooOption
     try:
         return dist.ProcessGroupGloo(PrefixStore(name, store), rank, size, options)
     except RuntimeError as error:
-        text = _explained(error)
+        text = explained(error)
         if text == str(error):
             raise
         raise RuntimeError(f"fastddp: rank {rank}: {text}") from error
-
-
-def _explained(error: Exception) -> str:
-    """Returns what an exception says, and about too many open files what to do."""
-    text = str(error)
-    if os.strerror(errno.EMFILE) not in text or sys.platform == "win32":
-        return text
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return (
-        f"this process has as many files open as it may, {limit} (RLIMIT_NOFILE); raise the limit "
-        f"(ulimit -n), or make fewer process groups: {text}"
-    )
 
 
 def _connect(
@@ -185,14 +175,14 @@ def _connect(
     """Connects the ranks of ``inner``, a gloo backend, by shared memory. Collective.
 
     Those that have the same place on each of several hosts meet in ``store`` to connect by a lane
-    of their own. It is no group that torch.distributed knows: that would have to be made by all
-    ranks of the world.
+    of their own. A lane is not a group that torch.distributed knows: that would have to be made by
+    all ranks of the world.
 
     Args:
-        inner: whose ranks these are.
-        store: where connections are made.
-        rank: this one's.
-        size: number of ranks.
+        inner: the gloo backend that connects the ranks already.
+        store: the store in which further connections are made.
+        rank: this rank's number.
+        size: the number of ranks.
         options: the timeout of connections, or gloo's options, which may be ``inner``'s own: a
             timeout that is set there later then holds here.
         shared: whether the script uses ``inner`` too. What goes through gloo then goes through
@@ -203,195 +193,100 @@ def _connect(
         A ``ShmBackend``, or ``inner`` itself, on all ranks, where no two of them share a host or
         one of them cannot get at another's memory (which is logged).
     """
-    meeting = _Meeting(inner, rank, size)
+    meeting = Meeting(inner, rank, size)
+    native, said = _introduce(meeting)
+    hosts, problem = choose_hosts(said, rank)
+    if hosts is None:
+        return inner
+    meeting.problem = meeting.problem or problem
+    peers = _Peers(inner, store, rank, size, options)
+    backend = _open_memory(meeting, peers, native, said, hosts.mine, shared)
+    if len(hosts.ranks) > 1 and meeting.all_ok:
+        _make_lanes(meeting, peers, backend, hosts)
+    return backend if meeting.all_ok else inner
+
+
+class _Peers(NamedTuple):
+    """The ranks that connect, as :func:`_connect` is told of them."""
+
+    inner: Any
+    store: Any
+    rank: int
+    size: int
+    options: _GlooOptions
+
+    def make_gloo(self, name: str) -> Any:
+        """Makes another gloo backend of all ranks. Collective."""
+        return _make_gloo(name, self.store, self.rank, self.size, self.options)
+
+
+def _introduce(meeting: Meeting) -> tuple[ModuleType | None, list[Announcement]]:
+    """Returns the extension, if memory can be shared here, and what all ranks say of themselves."""
     reason = why_not()
     native = extension.load() if reason is None else None
     heap = meeting.attempt(lambda: native.shm_heap().parts() if native is not None else None)
-    host = meeting.attempt(_host)
-    cards = meeting.exchange(
-        {"host": host, "heap": heap, "version": __version__, "why_not": _short(reason)}, _Card.read
-    )
-    hosts: dict[str | None, list[int]] = {}
-    for other, card in enumerate(cards):
-        hosts.setdefault(card.host, []).append(other)
-    reasons = {card.why_not for card in cards if card.why_not is not None}
-    if 1 < len(hosts) == size or (len(reasons) == 1 and all(card.why_not for card in cards)):
-        return inner  # as asked for, or as it has to be: nothing to tell
-    if reasons:
-        meeting.trouble = meeting.trouble or reason
-    if len({card.version for card in cards}) > 1:
-        meeting.trouble = meeting.trouble or f"it has fastddp {__version__}, another rank has not"
-    ranks = hosts[cards[rank].host]
+    host = meeting.attempt(this_host)
+    mine = introduction(heap, host, short(reason))
+    return native, meeting.exchange(mine, Announcement.read)
+
+
+def _open_memory(
+    meeting: Meeting,
+    peers: _Peers,
+    native: ModuleType | None,
+    said: Sequence[Announcement],
+    local: Sequence[int],
+    shared: bool,
+) -> Any:
+    """Opens the memory of the ranks on this host; returns the backend, None where that failed.
+
+    Args:
+        meeting: the ranks' exchange of messages, which gets what goes wrong.
+        peers: the ranks that connect.
+        native: the extension module; None if memory cannot be shared here.
+        said: the announcements of all ranks, by rank.
+        local: the ranks of this host; the first of them makes the control segment.
+        shared: whether the script uses the gloo backend of the ranks too.
+    """
     control = None
-    if rank == ranks[0] and native is not None:
-        control = meeting.attempt(lambda: native.shm_control(len(ranks)))
+    if peers.rank == local[0] and native is not None:
+        control = meeting.attempt(lambda: native.shm_control(len(local)))
     controls = meeting.exchange(
         {"control": None if control is None else control.address().parts()},
-        lambda message: _address(message["control"]),
+        lambda message: read_address(message["control"]),
     )
-    own = inner
-    if shared and meeting.everybody_is_well:
-        own = meeting.attempt(lambda: _make_gloo("fastddp gloo", store, rank, size, options))
-        meeting.exchange({}, _nothing)
+    own = peers.inner
+    if shared and meeting.all_ok:
+        own = meeting.attempt(lambda: peers.make_gloo("fastddp gloo"))
+        meeting.synchronise()
     backend: Any = None
-    if meeting.everybody_is_well and native is not None:
+    if meeting.all_ok and native is not None:
         backend = meeting.attempt(
             lambda: native.ShmBackend(
-                rank,
-                size,
+                peers.rank,
+                peers.size,
                 own,
-                ranks,
-                [native.ShmAddress(*_announced(cards[other].heap)) for other in ranks],
-                native.ShmAddress(*_announced(controls[ranks[0]])),
-                inner.options._timeout.total_seconds(),
+                list(local),
+                [native.ShmAddress(*announced(said[other].heap)) for other in local],
+                native.ShmAddress(*announced(controls[local[0]])),
+                peers.inner.options._timeout.total_seconds(),
             )
         )
-    # After this nobody needs the control segment's descriptor any more.
-    meeting.exchange({}, _nothing)
-    if len(hosts) > 1 and meeting.everybody_is_well:
-        count = min(len(local) for local in hosts.values())
-        place = ranks.index(rank)
-        lane = [local[place] for local in hosts.values()] if place < count else []
-        meeting.attempt(
-            lambda: backend.set_lanes(
-                count,
-                lane,
-                _make_gloo(f"fastddp lane {place}", store, lane.index(rank), len(lane), options)
-                if lane
-                else None,
-            )
-        )
-        meeting.exchange({}, _nothing)
-    return backend if meeting.everybody_is_well else inner
+    meeting.synchronise()  # from here on nobody needs the descriptor of the control segment
+    return backend
 
 
-class _Meeting:
-    """Exchanges small messages between all ranks, and with them what trouble one of them has."""
+def _make_lanes(meeting: Meeting, peers: _Peers, backend: Any, hosts: Hosts) -> None:
+    """Connects this rank with those that have the same place on the other hosts."""
+    place = hosts.mine.index(peers.rank)
+    lane = hosts.lane(place)
 
-    def __init__(self, backend: Any, rank: int, size: int) -> None:
-        self._backend = backend
-        self._rank = rank
-        self._size = size
-        self.trouble: str | None = None
-        self.everybody_is_well = True
+    def connect() -> None:
+        gloo = None
+        if lane:
+            name, index = f"fastddp lane {place}", lane.index(peers.rank)
+            gloo = _make_gloo(name, peers.store, index, len(lane), peers.options)
+        backend.set_lanes(hosts.num_lanes, lane, gloo)
 
-    def attempt(self, action: Callable[[], Any]) -> Any:
-        """Returns what ``action`` returns; if it raises, None, and there is trouble."""
-        try:
-            return action()
-        except (RuntimeError, OSError) as error:
-            self.trouble = _explained(error)
-            return None
-
-    def exchange(self, mine: dict[str, Any], read: Callable[[Any], _T]) -> list[_T]:
-        """Returns what ``read`` makes of what each rank gave, by rank.
-
-        Nothing that arrives is taken for what it should be: ``read`` raises an error where it is
-        not. All ranks see the same, and then nobody is well.
-        """
-        data = json.dumps({**mine, "trouble": _short(self.trouble)}).encode()
-        sent = torch.frombuffer(bytearray(data.ljust(_MESSAGE_BYTES)), dtype=torch.uint8)
-        received = [torch.empty_like(sent) for _ in range(self._size)]
-        loans = [Loan(tensor) for tensor in (sent, *received)]
-        self._backend.allgather([received], [sent]).wait()
-        settle(loans)
-        messages = []
-        for other, tensor in enumerate(received):
-            trouble, message = self._read(bytes(tensor.numpy()), read)
-            messages.append(message)
-            if trouble is not None and self.everybody_is_well:
-                self.everybody_is_well = False
-                if self._rank == 0:
-                    _log.warning(
-                        "the ranks' memory is not shared, all goes through gloo: rank %d: %s",
-                        other,
-                        trouble,
-                    )
-        return messages
-
-    def _read(self, data: bytes, read: Callable[[Any], _T]) -> tuple[str | None, _T]:
-        """Returns the trouble of a rank, and what it gave."""
-        try:
-            message = json.loads(data)
-            return _text(message["trouble"], optional=True), read(message)
-        except (ValueError, TypeError, LookupError, RecursionError):
-            return "it sent what cannot be read", read(_UNREADABLE)
-
-
-_T = TypeVar("_T")
-_UNREADABLE = {"host": None, "heap": None, "version": "", "why_not": None, "control": None}
-"""Read in the place of a message that is not what it should be."""
-
-_Parts = tuple[int, int, int, int, int]
-
-
-class _Card(NamedTuple):
-    """What a rank says of itself."""
-
-    host: str | None
-    heap: _Parts | None
-    version: str
-    why_not: str | None
-
-    @classmethod
-    def read(cls, message: Any) -> _Card:
-        return cls(
-            _text(message["host"], optional=True),
-            _address(message["heap"]),
-            _text(message["version"]),
-            _text(message["why_not"], optional=True),
-        )
-
-
-def _nothing(_: Any) -> None:
-    """Reads a message that says nothing but whether its rank is in trouble."""
-
-
-def _text(value: Any, optional: bool = False) -> Any:
-    if not (isinstance(value, str) or (optional and value is None)):
-        raise TypeError(f"not a text: {value!r}")
-    return value
-
-
-def _address(parts: Any) -> _Parts | None:
-    """Reads where a segment is: process, descriptor, bytes, and the two halves of its nonce."""
-    if parts is None:
-        return None
-    process, descriptor, size, high, low = parts
-    for part, least, bits in (
-        (process, 1, 31),
-        (descriptor, 0, 31),
-        (size, 1, 63),
-        (high, 0, 64),
-        (low, 0, 64),
-    ):
-        if type(part) is not int or not least <= part < 1 << bits:
-            raise ValueError(f"no address of a segment: {parts!r}")
-    return process, descriptor, size, high, low
-
-
-def _announced(address: _Parts | None) -> _Parts:
-    if address is None:
-        raise RuntimeError("a rank has announced no memory")
-    return address
-
-
-def _short(text: str | None) -> str | None:
-    """Cuts a text so that two fit into a message, whatever JSON makes of their characters."""
-    most = _MESSAGE_BYTES // 3
-    while text is not None and len(json.dumps(text)) > most:
-        text = text[: min(most, len(text)) * 3 // 4]
-    return text
-
-
-def _host() -> str:
-    """Returns what processes have in common that can open each other's memory."""
-    if sys.platform != "linux":
-        return f"{os.getpid()}"
-    evidence = [
-        Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        os.readlink("/proc/self/ns/pid"),
-        str(os.geteuid()),
-        config.host_id() or "",
-    ]
-    return hashlib.sha256(" ".join(evidence).encode()).hexdigest()
+    meeting.attempt(connect)
+    meeting.synchronise()

@@ -1,4 +1,4 @@
-"""Waits for the other ranks of a group, by name: who waits for long says where, and for whom.
+"""Waits for the other ranks of a group, by name: a rank that waits for long says where.
 
 A thread looks at this process's waits once per second. Of one that lasts it leaves a note in the
 group's store, as do the other ranks; those without one are missing. A wait that is over sooner
@@ -35,8 +35,8 @@ class waiting:
     """Names a wait, in a ``with`` block around nothing but a collective.
 
     Args:
-        group: whose ranks are waited for.
-        call: what the script has called, and what goes on in it.
+        group: the ranks that are waited for.
+        call: what the script has called, and what goes on in that call.
 
     Raises:
         torch.distributed.DistBackendError: for a RuntimeError of the collective, such as the
@@ -53,7 +53,7 @@ class waiting:
         self._ask_at_s = _ASK_AFTER_S
         self._absent = ""  # when last asked
         try:
-            # Not the group: whoever frees that last joins its threads, and it might be ours.
+            # Not the group: the thread that frees it last joins its threads, and might be ours.
             self._store: Any = group.get_group_store()
             self.group_name: str = group.group_name
         except (RuntimeError, AttributeError):  # a group of the user's making
@@ -103,7 +103,11 @@ class waiting:
         self._ask_at_s *= 2
 
     def write_note(self, text: str) -> None:
-        """Tells the other ranks what this one waits in; nothing if they cannot be told."""
+        """Tells the other ranks what this one waits in, if they can be told.
+
+        Args:
+            text: the name of the call; empty to take an earlier note back.
+        """
         if self._store is not None:
             with contextlib.suppress(RuntimeError, OSError):
                 self._store.set(_key(self._rank), text[:_MAX_NOTE_CHARS])
@@ -134,7 +138,7 @@ class waiting:
 
 
 class _Watcher:
-    """The thread, which the first wait of a process starts. Who waits takes no lock."""
+    """The thread, which the first wait of a process starts. A thread that waits takes no lock."""
 
     def __init__(self) -> None:
         self.forget()

@@ -13,14 +13,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.data import DistributedSampler
 
-from fastddp.comm.collectives import (
-    Json,
-    all_gather,
-    communication_device,
-    gather,
-    gather_if_different,
-)
+from fastddp.comm.gathering import all_gather, gather
+from fastddp.comm.groups import communication_device
 from fastddp.comm.launch import ensure_process_group
+from fastddp.comm.objects import Json, gather_if_different
 from fastddp.errors import MismatchError
 
 _NAME = "fastddp.gather_unpadded"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.utils.data
 from torch.utils.data import Dataset
 
-from fastddp.comm.launch import describe_environment
+from fastddp.comm.environment import describe_environment
 
 Pad = Literal["wrap", "none", "drop"]
 

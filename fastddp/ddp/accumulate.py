@@ -17,10 +17,11 @@ def accumulate(model: DistributedDataParallel, steps: int, *, last: bool = False
     the other ranks, where it did not, go on.
 
     Args:
-        model: what :func:`fastddp.wrap` returned, or a :class:`DistributedDataParallel`.
-        steps: how many micro-batches make a step; the same on every rank.
-        last: complete the step with this micro-batch, even if it is not yet the ``steps``-th. For
-            the end of an epoch; on every rank alike.
+        model: the wrapper that :func:`fastddp.wrap` returned, or another
+            :class:`fastddp.DistributedDataParallel`.
+        steps: the number of micro-batches that make a step; the same on every rank.
+        last: whether this micro-batch completes the step even if it is not yet the ``steps``-th.
+            For the end of an epoch; the same on every rank.
 
     Yields:
         Whether this micro-batch completes a step: after the block, gradients are averaged and it is

@@ -1,4 +1,4 @@
-"""Whether the ranks of a group wrap the same model, found out before any of them relies on it."""
+"""Whether the ranks of a group wrap the same model: checked before any of them relies on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from fastddp.comm.collectives import gather_if_different
+from fastddp.comm.objects import gather_if_different
+from fastddp.ddp.model import ignored_names, sparse_parameters
 from fastddp.errors import MismatchError
 
 _DTYPES = (
@@ -28,7 +29,7 @@ _MAX_PROBLEM_CHARS = 10_000
 
 
 class _Item(NamedTuple):
-    """One thing that all ranks must have alike."""
+    """One thing that must be the same on all ranks."""
 
     name: str
     value: str
@@ -40,32 +41,18 @@ class _Problem(NamedTuple):
     text: str
 
 
-def ignored_names(module: nn.Module) -> frozenset[str]:
-    """Returns the parameters and buffers that the module asks data parallelism to leave alone."""
-    return frozenset(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-
-
-def sparse_parameters(module: nn.Module) -> set[torch.Tensor]:
-    """Returns the parameters whose gradients will be sparse."""
-    return {
-        child.weight
-        for child in module.modules()
-        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.sparse
-    }
-
-
 def check_module(module: nn.Module, *, sends_buffers: bool) -> None:
     """Checks that the module can be wrapped here.
 
     Args:
-        module: to be wrapped.
+        module: the module to be wrapped.
         sends_buffers: whether ranks are to be given the values of rank 0's buffers.
 
     Raises:
         ValueError: if parameters are on `meta` or on several devices, or one that requires a
-            gradient has a dtype that cannot be averaged, or the values of a parameter or buffer
-            are no strided tensor, which cannot be sent.
-        RuntimeError: if a parameter is not initialised yet, or none requires a gradient.
+            gradient has a dtype that cannot be averaged, or a parameter or buffer is not a strided
+            tensor and cannot be sent.
+        RuntimeError: if a parameter is not initialised yet, or no parameter requires a gradient.
     """
     ignored = ignored_names(module)
     params = [(name, p) for name, p in module.named_parameters() if name not in ignored]
@@ -108,8 +95,13 @@ def check_module(module: nn.Module, *, sends_buffers: bool) -> None:
 def check_layout(kind: str, name: str, tensor: torch.Tensor) -> None:
     """Checks that the values of a parameter or buffer can be sent.
 
+    Args:
+        kind: the word "parameter" or "buffer", for the message.
+        name: the name of the tensor in the module.
+        tensor: the parameter or buffer to be sent.
+
     Raises:
-        ValueError: if it is sparse, nested, quantized or the like.
+        ValueError: if the tensor is sparse, nested, quantized or the like.
     """
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
         what = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else None
@@ -127,19 +119,20 @@ def agree_on_module(
     check: Callable[[], None],
     topic: str | None = None,
 ) -> None:
-    """Checks the module here and compares it with the other ranks'.
+    """Checks the module here and compares it with the other ranks' modules. Collective.
 
     Args:
-        group: the ranks.
-        module: this rank's.
-        settings: what else must be alike, by name.
-        check: raises if it cannot be wrapped here.
-        topic: see :func:`fastddp.comm.collectives.gather_if_different`.
+        group: the ranks that have a module to compare.
+        module: the module of this rank.
+        settings: what else must be the same on all ranks, by name.
+        check: a function that raises if the module cannot be wrapped here.
+        topic: a name under which the ranks meet in the group's store and not by collectives, see
+            :func:`fastddp.comm.objects.gather_if_different`.
 
     Raises:
-        MismatchError: on every rank, when they differ; names ranks, item and both values. Also when
-            another rank could not wrap its own.
-        Exception: what ``check`` raised.
+        MismatchError: on every rank, if the modules differ; names ranks, item and both values. Also
+            if another rank could not wrap its module.
+        Exception: the error that ``check`` raised.
     """
     try:
         check()
@@ -153,7 +146,15 @@ def agree_on_module(
 
 
 def report_failure(group: ProcessGroup | None, error: Exception, topic: str | None = None) -> None:
-    """Tells ranks that are in :func:`agree_on_module` that this one cannot wrap its model."""
+    """Tells ranks that are in :func:`agree_on_module` that this one cannot wrap its model.
+
+    Collective in place of that function.
+
+    Args:
+        group: the ranks to be told; nobody if it is None or has one rank.
+        error: the reason that is sent.
+        topic: a name under which the ranks meet in the group's store, if they do.
+    """
     if group is not None and group.size() > 1:
         text = f"{type(error).__name__}: {error}"[:_MAX_PROBLEM_CHARS]
         with contextlib.suppress(RuntimeError):  # the error itself says more than one of these

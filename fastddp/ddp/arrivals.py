@@ -1,4 +1,4 @@
-"""When gradients arrive in a backward, by parameter: measured for whoever asks, from then on."""
+"""When gradients arrive in a backward, by parameter: measured from the first question on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastddp.device.compiler import untraced
 
 
 class Arrivals:
-    """Hooks parameters for as long as it lives.
+    """The times at which gradients arrive. Hooks the parameters for as long as it lives.
 
     Args:
-        params: each requires grad.
+        params: parameters that require a gradient.
     """
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:
@@ -30,16 +30,16 @@ class Arrivals:
             handle.remove()
 
     def are_of(self, params: Iterable[nn.Parameter]) -> bool:
-        """Returns whether it is these that are hooked."""
+        """Returns whether these are the parameters that are hooked, in this order."""
         return list(map(id, self._arrived_ns)) == list(map(id, params))
 
     def since(self, began_ns: int) -> list[int]:
-        """Returns, in nanoseconds, how long after the beginning of a backward each arrived.
+        """Returns, by parameter, how many nanoseconds into a backward the gradient arrived.
 
-        0 for those that have not.
+        0 for a parameter that has got no gradient since.
 
         Args:
-            began_ns: of the latest backward, since the epoch.
+            began_ns: the beginning of the latest backward, in nanoseconds since the epoch.
         """
         return [max(0, arrived - began_ns) for arrived in self._arrived_ns.values()]
 

@@ -1,4 +1,4 @@
-"""Whether a model is still the one that was wrapped: its parameters, by name.
+"""Whether a model still has the parameters that it was wrapped with, by name.
 
 Torch calls a hook whenever a parameter or a submodule is registered, anywhere in the process; those
 of a watched model make it *doubtful*, and only then are its parameters looked at. A step in which
@@ -27,7 +27,7 @@ class ModelWatch:
     """The parameters that a model had when it was looked at last.
 
     Args:
-        module: the model.
+        module: the model to be watched.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -62,7 +62,11 @@ class ModelWatch:
 
 
 def describe(changes: Mapping[str, list[str]]) -> str:
-    """Returns which parameters have become what, in words; at most a few names of each."""
+    """Returns in words which parameters have become what; at most a few names of each kind.
+
+    Args:
+        changes: names of parameters, by what has become of them, such as "replaced".
+    """
     return "; ".join(
         f"{', '.join(repr(name) for name in names[:_MAX_NAMES])}"
         f"{'' if len(names) <= _MAX_NAMES else f' and {len(names) - _MAX_NAMES} more'}"

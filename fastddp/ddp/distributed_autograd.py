@@ -1,4 +1,4 @@
-"""Distributed autograd, torch's backward over RPC: its gradients are averaged in their context.
+"""Distributed autograd, torch's backward over RPC: gradients are averaged in their context.
 
 Such a backward collects gradients in a context (``torch.distributed.autograd.context()``) in place
 of ``.grad``, but runs the hooks of the nodes that would have written to ``.grad``, which are what a
@@ -31,17 +31,17 @@ def watch(replica: Replica, output: object) -> None:
     """Takes note of what a forward has returned, if it ran in a context and in grad mode.
 
     Args:
-        replica: of the model that ran.
-        output: a distributed backward through it is averaged.
+        replica: the copy of the model that ran.
+        output: the value that forward returned; a distributed backward through it is averaged.
 
     Raises:
         NotImplementedError: if the model has delayed all-reduces, which go by ``.grad``, or is to
-            be finalized by hand: its gradients are only lent to ``.grad``.
+            be finalized by hand: the gradients are only lent to ``.grad``.
     """
     context = _current_context()
     if context is None or replica.alone:
         return
-    if replica.delayed:
+    if replica.model.delayed:
         raise NotImplementedError(
             "fastddp: a forward inside torch.distributed.autograd.context() of a model with"
             " delay_all_reduce_named_params; leave out the delay, or use an ordinary backward"
@@ -70,12 +70,15 @@ def _refuse_manual(replica: Replica) -> None:
 def settle(replica: Replica) -> None:
     """Waits for the end of a backward that raised, of which torch may let go in another thread.
 
+    Args:
+        replica: the copy of the model that the backward went through.
+
     Raises:
         RuntimeError: if it has not ended within the group's timeout: ``.grad`` is lent to it.
     """
     if not replica.is_lent:
         return
-    timeout_s = replica._timeout_s
+    timeout_s = replica.ranks.timeout_s(replica.device)
     if not wait_until(lambda: not replica.is_lent, timeout_s):
         raise RuntimeError(
             f"fastddp: rank {replica.live_group.rank()}: a distributed backward through this model"
@@ -113,11 +116,11 @@ def _node(param: nn.Parameter) -> Node:
 
 
 class _Backward:
-    """One distributed backward, or what of it runs on this rank.
+    """One distributed backward, or the part of it that runs on this rank.
 
     Args:
-        replica: of the model that it goes through.
-        context: its number.
+        replica: the copy of the model that the backward goes through.
+        context: the number of the context that collects the gradients.
     """
 
     def __init__(self, replica: Replica, context: int) -> None:

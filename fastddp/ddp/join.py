@@ -18,16 +18,17 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from fastddp.comm.waiting import waiting
 from fastddp.ddp.replica import Replica
+from fastddp.ddp.start import broadcast_model
 from fastddp.device.compiler import untraced
 
 
 @untraced
 def before_forward(joinable: Joinable, replica: Replica, by_initial_world_size: bool) -> None:
-    """Does, on a rank that still has inputs, what the context requires before a forward.
+    """Does what the context requires before a forward of a rank that still has inputs. Collective.
 
     Args:
         joinable: the wrapper of the model.
-        replica: its.
+        replica: this rank's copy of the model.
         by_initial_world_size: divide gradients by the number of all ranks, not of those that still
             have inputs.
 
@@ -46,27 +47,26 @@ def before_forward(joinable: Joinable, replica: Replica, by_initial_world_size: 
     replica.meet()
     buffers = replica.buffers_due()
     if buffers:
-        replica.broadcast_buffers(buffers, root=_common_rank(replica, has_inputs=True))
+        replica.buffers.broadcast(buffers, replica.ranks, _common_rank(replica, has_inputs=True))
     replica.decides_at_forward = True  # the ranks that have run out are told now
     # As they will have it: after a forward without grad mode nothing else would say so here.
-    replica.sync_buffers_next = _agree_to_sync(replica, replica.sync and torch.is_grad_enabled())
+    replica.buffers.sync_next = _agree_to_sync(replica, replica.sync and torch.is_grad_enabled())
 
 
 class ReplicaJoinHook(JoinHook):
     """Stands in for a rank that has run out of inputs.
 
     Args:
-        replica: its copy of the model.
+        replica: the rank's copy of the model.
     """
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        self._own: dict[nn.Parameter, torch.Tensor | None] | None = (
-            None  # gradients, once it is out
-        )
+        # The rank's own gradients, once it has run out of inputs.
+        self._own: dict[nn.Parameter, torch.Tensor | None] | None = None
 
     def main_hook(self) -> None:
-        """Takes part in a forward and backward of the other ranks."""
+        """Takes part in a forward and backward of the other ranks. Collective."""
         replica = self._replica
         replica.begin()
         replica.refuse_in_flight("join: the end of this rank's inputs")
@@ -78,14 +78,20 @@ class ReplicaJoinHook(JoinHook):
             self._own = {p: None if grad is None else grad.clone() for p, grad in grads.items()}
         buffers = replica.buffers_due()
         if buffers:
-            replica.broadcast_buffers(buffers, root=_common_rank(replica, has_inputs=False))
+            replica.buffers.broadcast(
+                buffers, replica.ranks, _common_rank(replica, has_inputs=False)
+            )
         sync = _agree_to_sync(replica, False)
-        replica.sync_buffers_next = sync
+        replica.buffers.sync_next = sync
         if sync:
             replica.shadow()
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Gives every rank the model of one that has seen all inputs."""
+        """Gives every rank the model of one that has seen all inputs. Collective.
+
+        Args:
+            is_last_joiner: whether this rank is one of those that ran out last.
+        """
         replica = self._replica
         replica.begin()
         replica.refuse_in_flight("join: its end")
@@ -97,7 +103,7 @@ class ReplicaJoinHook(JoinHook):
             param.grad = grad  # or the next backward would add to that of the others
         root = _common_rank(replica, has_inputs=is_last_joiner)
         replica.authoritative_rank = root
-        replica.broadcast_model(root, call="join: the end")
+        broadcast_model(replica.model, replica.ranks, root, call="join: the end")
 
 
 def _common_rank(replica: Replica, *, has_inputs: bool) -> int:

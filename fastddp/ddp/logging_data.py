@@ -37,14 +37,15 @@ _DTYPES = {
 
 
 class Samples:
-    """Times of some iterations, taken at the forward after each: the first ten, then now and then.
+    """Times of some iterations: of the first ten, then of every so many.
 
-    In nanoseconds, on the host. An iteration is a forward whose backward may be synchronised.
+    In nanoseconds, on the host; taken at the forward that follows the iteration. An iteration is a
+    forward that may be followed by a synchronised backward.
     """
 
     def __init__(self) -> None:
         self.rate = 100
-        """After the first ten every how-manieth is one of them."""
+        """After the first ten iterations, the distance between two that are measured."""
         self._times: dict[str, Any] = {}
         self._latest = 0
         self._iteration = 0
@@ -54,7 +55,11 @@ class Samples:
         self._num_taken = 0
 
     def at_forward(self, stats: Callable[[], Stats]) -> None:
-        """Is called at the beginning of each."""
+        """Takes the times of the iteration before; called at the beginning of each one.
+
+        Args:
+            stats: returns the figures of the synchronised backwards so far.
+        """
         nth = self._iteration
         self._iteration += 1
         if nth > 0 and (nth <= 10 or nth % self.rate == 0):
@@ -63,7 +68,12 @@ class Samples:
         self._forward_ns = time.time_ns()
 
     def entries(self, *, on_host: bool) -> dict[str, Any]:
-        """Returns them; without times where a device computes, which nobody has measured."""
+        """Returns the times by torch's names.
+
+        Args:
+            on_host: whether the model computes on the host. A device's times are not measured, and
+                left out.
+        """
         return {"iteration": self._latest} | (self._times if on_host else {})
 
     def _take(self, stats: Stats) -> None:
@@ -103,17 +113,17 @@ def logging_data(
     stats: Stats,
     error: str,
 ) -> dict[str, Any]:
-    """Returns them as torch does: sizes in bytes, truth values as numbers, lists as text.
+    """Returns the entries as torch does: sizes in bytes, truth values as numbers, lists as text.
 
     ``can_set_static_graph`` is not there: Lightning would advise to set what changes nothing.
 
     Args:
-        module: the model itself.
-        group: its ranks; None for a world of one process.
-        options: those it was wrapped with.
-        plan: of its buckets, at present.
-        stats: of its synchronised backwards.
-        error: what the latest in one of them said; empty if there was none.
+        module: the module that was wrapped.
+        group: the ranks that have a copy of it; None for a world of one process.
+        options: the arguments with which it was wrapped.
+        plan: the plan of the buckets at present.
+        stats: the figures of the synchronised backwards so far.
+        error: the text of the latest error in one of them; empty if there was none.
     """
     data = _model(module) | _options(options) | _group(group) | _from_environment(_ENVIRONMENT)
     data["bucket_sizes"] = _sizes(plan.buckets)

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.utils import _cast_forward_inputs
 
-from fastddp.ddp.agreement import ignored_names
+from fastddp.ddp.model import ignored_names
 from fastddp.device.backward import at_end_of_backward, on_backward
 from fastddp.device.compiler import untraced, untraced_itself
 from fastddp.device.nested import tensors_in
 
 
 class LowPrecision:
-    """Runs a module in another dtype than that of its parameters.
+    """Runs a module in another dtype than its parameters have.
 
     Args:
-        module: whose floating-point parameters are cast, but for those that it asks data
-            parallelism to ignore.
-        dtype: to which, and to which the floating-point inputs are cast.
+        module: the module to run. Floating-point parameters of it are cast, but for those that it
+            asks data parallelism to ignore.
+        dtype: the dtype to which parameters and floating-point inputs are cast.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -52,9 +52,14 @@ class LowPrecision:
     def run(
         self, forward: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Returns what ``forward``, which calls the module, makes of these inputs.
+        """Returns what ``forward`` returns for these inputs, cast.
 
-        The modules have their parameters back afterwards, whatever it raises.
+        The modules have their parameters back afterwards, also if ``forward`` raises.
+
+        Args:
+            forward: a function that calls the module.
+            inputs: the positional arguments of ``forward``, of any types.
+            kwargs: the keyword arguments of ``forward``.
         """
         inputs, kwargs = self._cast_inputs(inputs, kwargs)
         casts = self._cast_parameters()
@@ -112,7 +117,12 @@ class LowPrecision:
 
 @torch.no_grad()
 def cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
-    """Casts floating-point buffers for good, but for those that the module asks to ignore."""
+    """Casts floating-point buffers for good, but for those that the module asks to ignore.
+
+    Args:
+        module: the module that has the buffers, which are written in place.
+        dtype: the floating-point dtype that the buffers get.
+    """
     ignored = ignored_names(module)
     for name, buffer in module.named_buffers():
         if name not in ignored and buffer.is_floating_point():

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn.parallel.distributed import _MixedPrecision
 
-from fastddp.engine.delayed import Delay
+from fastddp import config
+from fastddp.engine.delay import Delay
 from fastddp.engine.plan import MiB
 
 _DEFAULT_CAPS_MB = (1.0, 25.0)
@@ -30,25 +31,27 @@ _NO_LIMIT = 2**63 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """One wrapped module's choices; the same on every rank, but for devices."""
+    """The choices for one wrapped module; the same on every rank, but for devices."""
 
     caps_bytes: tuple[int, ...]
-    """Of the buckets, one by one; the last serves all further ones."""
+    """Bytes of the buckets, one by one; the last number serves all further ones."""
     device_ids: tuple[torch.device, ...]
-    """At most one: where the inputs of ``forward`` are moved."""
+    """At most one device, to which the inputs of ``forward`` are moved."""
     output_device: torch.device | None
+    side_stream: bool
+    """Whether inputs are moved on a stream of their own; read from the environment at wrapping."""
     init_sync: bool
     init_sync_buffers: bool
     forward_sync_buffers: bool
     mixed_precision: _MixedPrecision | None
     comm_dtype: torch.dtype | None
-    """What gradients are cast to for the all-reduce; None for what they are."""
+    """The dtype that gradients are cast to for the all-reduce; None to send them as they are."""
     delay: Delay | None
     lazy_buckets: bool
     """Whether buckets are allocated as gradients arrive, and released after backward."""
     engine: str | None
     unused: dict[str, Any]
-    """Arguments of torch's that change nothing, kept for tools that read them back."""
+    """Torch's arguments that change nothing, kept for tools that read them back."""
 
     @classmethod
     def of(
@@ -72,6 +75,9 @@ class Options:
     ) -> Options:
         """Returns the options that torch's arguments amount to.
 
+        The keywords are those of :class:`fastddp.DistributedDataParallel`; ``unused`` has the
+        arguments that change nothing, by name.
+
         Raises:
             ValueError: if a cap, a device, a dtype or a delayed parameter is unfit.
         """
@@ -85,6 +91,7 @@ class Options:
             caps_bytes=caps,
             device_ids=ids,
             output_device=output,
+            side_stream=config.side_stream(),
             init_sync=init_sync,
             init_sync_buffers=both or forward_sync_buffers is not None,
             forward_sync_buffers=both if forward_sync_buffers is None else forward_sync_buffers,
@@ -100,7 +107,7 @@ class Options:
         )
 
     def to_agree_on(self) -> dict[str, str]:
-        """Returns what all ranks must have alike, in words."""
+        """Returns in words what must be the same on all ranks, by name."""
         return {
             "bucket caps": ", ".join(
                 "no limit" if cap == _NO_LIMIT else f"{cap / MiB:g} MiB" for cap in self.caps_bytes
@@ -114,7 +121,7 @@ class Options:
 
     @property
     def reduce_dtype(self) -> torch.dtype | None:
-        """In which gradients are averaged; None for their own."""
+        """The dtype in which gradients are averaged; None for that of the parameters."""
         mixed = self.mixed_precision
         return None if mixed is None else mixed.reduce_dtype or mixed.param_dtype
 

@@ -25,7 +25,8 @@ from fastddp.ddp.wrapper import DistributedDataParallel
 _PREFIX = "module."
 _SHARED = (
     *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
-    # Hooks on checkpoints: the model makes and loads them, whoever the hooks were registered with.
+    # Hooks on checkpoints. The model makes and loads checkpoints, also if the hooks were registered
+    # with the wrapper.
     *("_state_dict_pre_hooks", "_state_dict_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
@@ -56,7 +57,7 @@ class TransparentDataParallel(DistributedDataParallel):
     """
 
     has_models_names = True
-    """See :mod:`fastddp.ddp.checkpoint_names`."""
+    """Tells :mod:`fastddp.ddp.checkpoint_names` that no ``module.`` precedes the names."""
 
     def _assemble(self, module: nn.Module, replica: Replica) -> None:
         nn.Module.__init__(self)
@@ -150,7 +151,7 @@ class TransparentDataParallel(DistributedDataParallel):
 
 
 class TransparentContainer(TransparentDataParallel):
-    """The same for models with a length and items, such as ``nn.Sequential``."""
+    """The wrapper of models that have a length and items, such as ``nn.Sequential``."""
 
     def __len__(self) -> int:
         return len(self.module)
@@ -172,22 +173,25 @@ class TransparentContainer(TransparentDataParallel):
 
 
 class _WithExtraState:
-    """For models with state that is no tensor: torch's checkpoint API looks for it in the class."""
+    """Methods of models that have state besides tensors.
+
+    Torch's checkpoint API looks in the class for them, so not every wrapper may have them.
+    """
 
     get_extra_state = _delegated("get_extra_state")
     set_extra_state = _delegated("set_extra_state")
 
 
 class TransparentWithExtraState(_WithExtraState, TransparentDataParallel):
-    """The same for those."""
+    """The wrapper of models that have state besides tensors."""
 
 
 class TransparentContainerWithExtraState(_WithExtraState, TransparentContainer):
-    """And for those that are containers too."""
+    """The wrapper of models that have state besides tensors, and items."""
 
 
 def class_for(model: nn.Module) -> type[TransparentDataParallel]:
-    """Returns the class of the wrapper that has what the model's class has."""
+    """Returns the class of wrappers that has the special methods of the model's class."""
     has_extra_state = type(model).get_extra_state is not nn.Module.get_extra_state
     if hasattr(type(model), "__getitem__"):
         return TransparentContainerWithExtraState if has_extra_state else TransparentContainer

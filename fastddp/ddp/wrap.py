@@ -1,4 +1,4 @@
-"""`wrap`: everything that there is to decide, decided once."""
+"""`wrap`: decides group, device and class of the wrapper, once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastddp.comm.launch import find_cuda_device, find_local_rank
+from fastddp.comm.environment import find_cuda_device, find_local_rank
 from fastddp.ddp.agreement import report_failure
 from fastddp.ddp.transparent import TransparentDataParallel, class_for
 from fastddp.ddp.wrapper import DistributedDataParallel
@@ -27,17 +27,18 @@ def wrap(
     unless ``init_sync`` is False.
 
     Args:
-        model: the model. Keep using the result in its place: attributes, methods and checkpoint
-            keys are the same.
-        device: where to move it, by default ``cuda:LOCAL_RANK`` if there is one and the model is
-            on the CPU, else nowhere. On a GPU, the inputs of ``forward`` are moved too.
-        **options: those of :class:`fastddp.DistributedDataParallel`.
+        model: the model to be trained. Use the result in place of it: attributes, methods and
+            checkpoint keys are the same.
+        device: the device to which the model is moved: by default ``cuda:LOCAL_RANK`` if there is
+            one and the model is on the CPU, else the model stays. On a GPU, the inputs of
+            ``forward`` are moved too.
+        **options: the options of :class:`fastddp.DistributedDataParallel`.
 
     Returns:
         A :class:`fastddp.DistributedDataParallel` that stands in for the model.
 
     Raises:
-        TypeError: for something that is no module, or an unknown option.
+        TypeError: if the model is not a module, or an option is unknown.
         ValueError: if the model or an option is unfit, or the model is wrapped already.
         RuntimeError: if the environment describes half a process group, there is no GPU for the
             local rank, or no parameter requires a gradient.
@@ -71,7 +72,7 @@ def wrap(
 
 
 def choose_device(model: nn.Module) -> torch.device | None:
-    """Returns where `wrap` moves the model when it is not told; None for nowhere.
+    """Returns the device to which `wrap` moves a model unless it is told; None if the model stays.
 
     Raises:
         RuntimeError: if this process sees no GPU for its local rank.

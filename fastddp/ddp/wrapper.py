@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +16,16 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.distributed.utils import _to_kwargs
 from torch.nn.parallel.distributed import _BufferCommHookLocation
 
+from fastddp.comm.groups import given_group
 from fastddp.ddp import distributed_autograd, join
-from fastddp.ddp import torch_attributes as torch_face
 from fastddp.ddp.agreement import report_failure
 from fastddp.ddp.buffers import BufferHook
-from fastddp.ddp.logging_data import Samples, logging_data
+from fastddp.ddp.deprecated import warn_of_deprecated
+from fastddp.ddp.logging_data import Samples
 from fastddp.ddp.options import Options
 from fastddp.ddp.replica import Replica
+from fastddp.ddp.torch_attributes import attribute
+from fastddp.ddp.torch_methods import TorchMethods
 from fastddp.device.compiler import untraced_itself
 from fastddp.device.profiled import profiled
 from fastddp.device.streams import on_device
@@ -31,7 +34,7 @@ from fastddp.engine.interface import Stats
 from fastddp.engine.plan import BucketPlan
 
 
-class DistributedDataParallel(nn.parallel.DistributedDataParallel):
+class DistributedDataParallel(TorchMethods, nn.parallel.DistributedDataParallel):
     """Averages a module's gradients over the ranks of a process group.
 
     Takes torch's arguments and behaves as torch's class, with three differences: the arguments
@@ -48,17 +51,20 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
     Making one is collective, unless ``init_sync`` is False. So are a synchronised backward and, in
     grad mode, :meth:`forward`; copies, pickles, checkpoints and questions are not.
 
+    A wrapper is to be used by one thread at a time, but for :meth:`stats` and :meth:`plan`.
+
     Args:
-        module: the model; its parameters on one device.
+        module: the model to be trained; all of the parameters are on one device.
         device_ids: at most one GPU, to which the inputs of ``forward`` are moved.
-        process_group: where to average, by default the default group.
+        process_group: the ranks to average over, by default those of the default group.
         device_mesh: a one-dimensional mesh, instead of ``process_group``.
         init_sync: whether to compare the ranks' models and give all of them rank 0's values.
         broadcast_buffers: False leaves buffers alone at the start and before every forward.
         forward_sync_buffers: False leaves them alone before every forward only.
         bucket_cap_mb: MiB per bucket, 25 by default after a first one of 1; inf for one bucket.
         bucket_cap_mb_list: MiB per bucket, one by one; the last serves all further ones.
-        mixed_precision: see :mod:`fastddp.ddp.mixed_precision`.
+        mixed_precision: the dtypes to compute, reduce and keep buffers in, as torch's
+            ``_MixedPrecision``; see :mod:`fastddp.ddp.mixed_precision`.
         lazy_bucket_allocation: whether a bucket gets its memory when its first gradient arrives,
             and only the ``.grad``s keep it after backward: with ``zero_grad(set_to_none=True)``,
             the default, no bucket is there in forward. Costs an allocation per bucket and backward.
@@ -66,15 +72,17 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
             ``torch.bfloat16``; divided by the number of ranks first, in float32. ``.grad`` keeps
             the parameter's dtype. float64 gradients, delayed ones, sparse ones and those of a
             communication hook travel as they are. By default all do.
-        delay_all_reduce_named_params: see :mod:`fastddp.engine.delayed`.
-        param_to_hook_all_reduce: see there.
-        engine: ``"native"`` or ``"python"``; by default see :func:`fastddp.engine.choose.choose`.
+        delay_all_reduce_named_params: pairs of name and parameter that are averaged apart from the
+            others, see :mod:`fastddp.engine.delayed`.
+        param_to_hook_all_reduce: the parameter that has these averaged when it gets a gradient.
+        engine: the name ``"native"`` or ``"python"``; by default
+            :func:`fastddp.engine.choose.choose` chooses.
 
     Raises:
         fastddp.MismatchError: on every rank, if the ranks' modules differ in a parameter's or
             buffer's name, shape or dtype, or a parameter's strides or ``requires_grad``, or their
-            arguments in what must be alike, or if one rank's cannot be wrapped.
-        TypeError: if ``module`` is no module.
+            arguments in what must be the same, or if one rank's module cannot be wrapped.
+        TypeError: if ``module`` is not a module.
         ValueError: if the module or an argument is unfit, or there is no process group.
         RuntimeError: if no parameter requires a gradient.
         torch.distributed.DistBackendError: if the ranks do not meet within the group's timeout;
@@ -85,11 +93,6 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         dist.init_process_group("gloo")
         model = fastddp.DistributedDataParallel(model)
     """
-
-    _replica: Replica
-    _samples: Samples
-    _logged: dict[str, Any]
-    """What the wrapper itself adds to the logging data."""
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         comm_dtype: torch.dtype | None = None,
         engine: str | None = None,
     ) -> None:
-        torch_face.warn_of_deprecated(broadcast_buffers, forward_sync_buffers, check_reduction)
+        warn_of_deprecated(broadcast_buffers, forward_sync_buffers, check_reduction)
         group = self._find_group(process_group, device_mesh)
         try:
             if not isinstance(module, nn.Module):
@@ -178,25 +181,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
 
     @staticmethod
     def _find_group(group: ProcessGroup | None, device_mesh: Any = None) -> ProcessGroup | None:
-        if group is not None and device_mesh is not None:
-            raise RuntimeError("Cannot specify both process_group and device_mesh arguments.")
-        if device_mesh is not None:
-            if device_mesh.ndim != 1:
-                raise RuntimeError(f"Only 1D device mesh is supported, but got {device_mesh}.")
-            group = device_mesh.get_group(mesh_dim=0)
-        if group is not None:
-            if not isinstance(group, ProcessGroup):
-                raise ValueError(
-                    f"fastddp: process_group={group!r} is not a process group that this rank is a"
-                    " member of; wrap the model on the group's ranks only"
-                )
-            return group
-        if not dist.is_initialized():
-            raise ValueError(
-                "Default process group has not been initialized, please make sure to call"
-                " init_process_group (or use fastddp.wrap, which does)."
-            )
-        return dist.group.WORLD
+        return given_group(group, device_mesh)
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -232,9 +217,8 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         device_ids = replica.options.device_ids
         if not device_ids:
             return inputs, kwargs
-        moved, moved_kwargs = _to_kwargs(
-            inputs, kwargs, device_ids[0], torch_face.uses_side_stream()
-        )
+        side_stream = replica.options.side_stream
+        moved, moved_kwargs = _to_kwargs(inputs, kwargs, device_ids[0], side_stream)
         return moved[0], moved_kwargs[0]
 
     @untraced_itself
@@ -280,7 +264,8 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
     def no_sync(self) -> Iterator[None]:
         """Lets the backwards that begin inside accumulate gradients on this rank alone.
 
-        They are averaged by the first backward that begins outside.
+        They are averaged by the first backward that begins outside. Talks to no other rank, but is
+        to be used on all ranks for the same backwards.
 
         Example::
 
@@ -363,11 +348,11 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
 
         Each forward in grad mode sets it anew: to whether it may be followed by an averaging.
         """
-        return self._replica.sync_buffers_next
+        return self._replica.buffers.sync_next
 
     @require_forward_param_sync.setter
     def require_forward_param_sync(self, value: bool) -> None:
-        self._replica.sync_buffers_next = value
+        self._replica.buffers.sync_next = value
 
     @property
     def forward_sync_buffers(self) -> bool:
@@ -386,11 +371,17 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         return self._replica.group
 
     def stats(self) -> Stats:
-        """Returns what synchronisation has cost this rank so far."""
+        """Returns what synchronisation has cost this rank so far.
+
+        May be called by any thread and at any time; waits for no round.
+        """
         return self._replica.stats()
 
     def plan(self) -> BucketPlan:
-        """Returns which gradient is reduced in which bucket; empty for a world of one."""
+        """Returns which gradient is reduced in which bucket; empty for a world of one process.
+
+        May be called by any thread and at any time; waits for no round.
+        """
         return self._replica.plan()
 
     def _apply(self, *args: Any, **kwargs: Any) -> DistributedDataParallel:
@@ -412,6 +403,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         self.module.compile(*args, **kwargs)
 
     def train(self, mode: bool = True) -> DistributedDataParallel:
+        """Sets the mode of the wrapper and the model, see `torch.nn.Module.train`."""
         nn.Module.train(self, mode)
         return self
 
@@ -421,24 +413,24 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         except AttributeError:
             if "_replica" in self.__dict__:
                 with contextlib.suppress(AttributeError):
-                    return torch_face.attribute(self, name)
+                    return attribute(self, name)
             raise
 
-    # ---- customs ---------------------------------------------------------------------------------
+    # ---- hooks, uneven inputs, other groups ------------------------------------------------------
 
     def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
         """Has a hook communicate the gradients, in place of the all-reduce.
 
         The hook is called as ``hook(state, bucket)`` with each bucket, on every rank in the same
         order, and returns a ``torch.futures.Future`` of the reduced gradients. A bucket has the
-        methods of ``torch.distributed.GradBucket``. Its gradients come undivided: averaging is the
-        hook's business. All of torch's hooks will do.
+        methods of ``torch.distributed.GradBucket``. The gradients in it are not divided by
+        anything: averaging is left to the hook. All of torch's hooks will do.
 
         Registering talks to no other rank, but all have to do it before the same backward.
 
         Args:
-            state: passed on to the hook.
-            hook: may communicate in any number of steps.
+            state: any object, which is passed on to the hook.
+            hook: the function to call, which may communicate in any number of steps.
 
         Raises:
             TypeError: if the hook cannot be called.
@@ -452,7 +444,15 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         self._logged["comm_hook"] = getattr(hook, "__qualname__", type(hook).__qualname__)
 
     def _register_builtin_comm_hook(self, comm_hook_type: Any) -> None:
-        """Has gradients averaged, or compressed to 16 bits and averaged, as torch's enum says."""
+        """Has gradients averaged, or compressed to 16 bits and averaged.
+
+        Args:
+            comm_hook_type: a member of torch's ``BuiltinCommHookType``.
+
+        Raises:
+            ValueError: if it is another value.
+            RuntimeError: if there is a hook already.
+        """
         with self._errors_logged():
             self._set_hook(hooks.builtin(comm_hook_type, lambda: self._replica.live_group))
         self._logged["comm_hook"] = str(comm_hook_type)
@@ -473,16 +473,19 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         """Has a hook synchronise the buffers, in place of rank 0's broadcast before forward.
 
         Args:
-            state: passed on to the hook.
-            hook: called as ``hook(state, buffers)`` with the buffers by name, at forwards in grad
-                mode; may return a list of futures, which are waited for at the end of backward,
-                each for the group's timeout.
-            comm_hook_location: before or after forward, in torch's enum.
+            state: any object, which is passed on to the hook.
+            hook: the function to call as ``hook(state, buffers)`` with the buffers by name, at
+                forwards in grad mode; may return a list of futures, which are waited for at the end
+                of backward, each for the group's timeout.
+            comm_hook_location: a member of torch's enum that says before or after forward.
+
+        Raises:
+            TypeError: if the hook cannot be called.
         """
         if not callable(hook):
             raise TypeError(f"fastddp: a buffer hook must be callable, got {type(hook).__name__}")
         before = comm_hook_location == _BufferCommHookLocation.PRE_FORWARD
-        self._replica.buffer_hook = BufferHook(hook, state, before)
+        self._replica.buffers.hook = BufferHook(hook, state, before)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """Returns what stands in for this rank once it has run out of inputs.
@@ -498,7 +501,13 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
     def _update_process_group(self, new_process_group: ProcessGroup) -> None:
         """Averages over the ranks of another group from now on; does nothing on other ranks.
 
-        Collective in the new group, whose ranks may have to meet to share memory.
+        Collective in the new group: the ranks of it may have to meet to share memory.
+
+        Args:
+            new_process_group: the group on the ranks of it, torch's non-member value on others.
+
+        Raises:
+            RuntimeError: if gradients are in flight.
         """
         if isinstance(new_process_group, ProcessGroup):
             self._replica.move_to(new_process_group)
@@ -509,10 +518,10 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         For an evaluation that runs on all ranks and needs equal ones.
         """
         replica = self._replica
-        buffers = replica.buffers.named()
+        buffers = replica.model.buffers()
         if buffers and not replica.alone:
             replica.meet()
-            replica.broadcast_buffers(buffers)
+            replica.buffers.broadcast(buffers, replica.ranks)
 
     # ---- copies: each rank makes and loads them alone --------------------------------------------
 
@@ -551,60 +560,6 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         self.__dict__["_replica"] = replica
         replica.manual = self._manual_finalization
         replica.start_as_copy()
-
-    # ---- what torch's class has and there is nothing to do for -----------------------------------
-
-    def _set_static_graph(self) -> None:
-        """Nothing to set but what is read back: see :mod:`fastddp.ddp.options`."""
-        self.reducer._set_static_graph()
-
-    def _set_ddp_runtime_logging_sample_rate(self, sample_rate: int) -> None:
-        """Sets how many iterations lie between two whose times are in the logging data.
-
-        See :meth:`stats` for those of the latest.
-
-        Raises:
-            ValueError: if the rate is less than 1.
-        """
-        if sample_rate < 1:
-            with self._errors_logged():
-                raise ValueError(
-                    "fastddp: the sample rate of the logging data must be equal or greater than 1,"
-                    f" got {sample_rate}"
-                )
-        self._samples.rate = sample_rate
-
-    def _check_reducer_finalized(self) -> None:
-        """Nothing to check: a backward that raised leaves no round open."""
-
-    def _set_sparse_metadata(self, global_unique_ids: Mapping[str, torch.Tensor]) -> None:
-        """Nothing to set: which rows the ranks' gradients have is found out in each round."""
-
-    def _clear_grad_buffer(self) -> None:
-        """Nothing to clear: delayed gradients are packed when they are sent."""
-
-    def _lazy_init(self) -> None:
-        """Does what the first forward does: optimizers that step in backward are taken over."""
-        self._replica.begin()
-
-    def _get_ddp_logging_data(self) -> dict[str, Any]:
-        replica = self._replica
-        data = logging_data(
-            self.module, replica.group, replica.options, self.plan(), self.stats(), replica.error
-        )
-        return data | self._samples.entries(on_host=replica.device.type == "cpu") | self._logged
-
-    @contextlib.contextmanager
-    def _errors_logged(self) -> Iterator[None]:
-        """Has the logging data tell of an error that leaves the block."""
-        try:
-            yield
-        except Exception as error:
-            torch_face.TorchLogger(self).set_error_and_log(f"{type(error)}: {error}")
-            raise
-
-    def _remove_autograd_hooks(self) -> None:
-        self._replica.detach()
 
 
 def _device_of(module: object) -> torch.device:

@@ -7,6 +7,7 @@ which it was not built, torch's operators copy the tensors one by one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from types import ModuleType
@@ -210,9 +211,18 @@ def _check(
         )
 
 
+@functools.cache
+def _extension() -> ModuleType | None:
+    """Returns the extension, unless ``FASTDDP_ENGINE`` says to leave it alone.
+
+    Read once in a process: backwards flatten too, and a step reads no environment variable.
+    """
+    return None if config.engine() == "python" else extension.load()
+
+
 def _native(flat: Tensor) -> ModuleType | None:
     """Returns the extension if it has a kernel for this device and is not to be left alone."""
-    module = None if config.engine() == "python" else extension.load()
+    module = _extension()
     if module is None or not (flat.is_cpu or (flat.is_cuda and module.has_cuda)):
         return None
     return module

@@ -5,81 +5,44 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
-from fastddp.comm.collectives import Loan, settle, without_context
+from fastddp.comm.loans import Loan, settle, without_context
 from fastddp.comm.waiting import waiting
 from fastddp.device.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.device.compiler import untraced
 from fastddp.device.streams import has_streams, is_capturing
+from fastddp.engine.delay import Delay
+from fastddp.engine.weak_group import WeakGroup
 
 
-@dataclass(frozen=True, slots=True)
-class Delay:
-    """Which parameters of a module are delayed, by the names it has for them."""
+class _Phase(Enum):
+    """Where a delayed reducer is with respect to backward."""
 
-    names: tuple[str, ...]
-    trigger: str
-    """Their gradients are averaged by the backwards that give this parameter one."""
-
-    @classmethod
-    def of(
-        cls,
-        module: nn.Module,
-        named_params: Sequence[tuple[str, nn.Parameter]] | None,
-        trigger: nn.Parameter | None,
-    ) -> Delay | None:
-        """Returns what torch's two arguments amount to; None if there are none.
-
-        Raises:
-            ValueError: if only one is given, or a parameter is not the module's, or the trigger
-                requires no gradient.
-        """
-        if (named_params is None) != (trigger is None):
-            raise ValueError(
-                "delay_all_reduce_named_params and param_to_hook_all_reduce need to be set at the"
-                " same time."
-            )
-        if named_params is None or trigger is None or not named_params:
-            return None
-        known = dict(module.named_parameters(remove_duplicate=False))
-        for name, param in named_params:
-            if known.get(name) is not param:
-                raise ValueError(
-                    f"fastddp: delay_all_reduce_named_params: '{name}' is not the name that"
-                    f" {type(module).__name__} has for this parameter of shape"
-                    f" {tuple(param.shape)}; use pairs from its named_parameters()"
-                )
-        canonical = {param: name for name, param in module.named_parameters()}
-        if trigger not in canonical or not trigger.requires_grad:
-            raise ValueError(
-                "fastddp: param_to_hook_all_reduce must be a parameter of"
-                f" {type(module).__name__} that requires a gradient, got one of shape"
-                f" {tuple(trigger.shape)} that "
-                + ("does not" if trigger in canonical else "is none of its parameters")
-            )
-        names = dict.fromkeys(canonical[param] for _, param in named_params)
-        return cls(tuple(names), canonical[trigger])
+    IDLE = "no backward runs that is synchronised"
+    OPEN = "a synchronised backward runs"
+    DUE = "and the trigger has its gradient"
 
 
 class DelayedReducer:
     """Averages the gradients of delayed parameters at the ends of some backwards.
 
-    Of those that give the trigger a gradient and are not inside `no_sync`, on every rank alike.
+    These are the backwards that give the trigger a gradient and are not inside `no_sync`, the same
+    ones on every rank.
     What is averaged is ``.grad``, so gradients may come from any number of backwards.
 
     The collectives are launched at the end of backward, after the reducer's: ranks launch the
     latter's at times of their own, and all collectives of a group must be in one order.
 
     Args:
-        delay: what and when.
-        module: whose.
-        group: where. Not kept alive.
+        delay: which parameters are delayed, and until when.
+        module: the module that has the parameters.
+        group: the ranks that average; not kept alive.
     """
 
     def __init__(self, delay: Delay, module: nn.Module, group: ProcessGroup) -> None:
@@ -87,15 +50,14 @@ class DelayedReducer:
         self.sync = True
         """Whether a backward that begins now may average."""
         self.manual = False
-        """Whether :meth:`finalize` writes what it averages, not its end."""
+        """Whether :meth:`finalize` writes what a backward averages, and not the end of it."""
         self.divisor = float(group.size())
         self._delay = delay
-        self._group_ref = weakref.ref(group)
+        self._group = WeakGroup(group)
         self._rank = group.rank()
         self._params = [params[name] for name in delay.names]
-        self._is_open = False  # a backward runs that is synchronised
-        self._is_due = False  # and the trigger has its gradient
-        self._is_manual = False  # and is to be finalized
+        self._phase = _Phase.IDLE
+        self._is_manual = False  # whether what the backward averages is to be finalized
         self._in_flight: list[_Flat] = []
         self._used: dict[torch.dtype, list[float]] = {}  # flags that were read last
         self._abandoned: list[Loan] = []
@@ -115,7 +77,7 @@ class DelayedReducer:
         settle([*self._abandoned, *(flat.loan for flat in self._in_flight)])
 
     def watch(self, outputs: Iterable[Tensor]) -> None:
-        """Takes note of what a forward has returned.
+        """Takes note of the tensors that a forward has returned.
 
         A backward through it ends when all of it ends, not an inner one that gives the trigger its
         gradient, as those of re-entrant checkpoints may.
@@ -130,9 +92,13 @@ class DelayedReducer:
         on_backward(outputs, begin)
 
     def settle(self) -> bool:
-        """See :meth:`fastddp.engine.interface.Reducer.settle`."""
+        """Waits for another thread to end a backward that has raised.
+
+        Returns:
+            Whether it is over, see :meth:`fastddp.engine.interface.Reducer.settle`.
+        """
         on_device = has_streams(self._params[0].device)
-        return not on_device or wait_until(lambda: not self._is_open)
+        return not on_device or wait_until(lambda: self._phase is _Phase.IDLE)
 
     def is_in_flight(self) -> bool:
         """Returns whether gradients wait for :meth:`finalize`."""
@@ -162,25 +128,25 @@ class DelayedReducer:
                 f"fastddp: rank {self._rank}: a backward while the delayed gradients of the one"
                 " before are in flight; call finalize_backward() before the next backward"
             )
-        if not self._is_open and self.sync:
-            self._is_open = True
+        if self._phase is _Phase.IDLE and self.sync:
+            self._phase = _Phase.OPEN
             self._is_manual = self.manual
             # Twice: what the reducer may yet ask for during this backward comes first.
             at_end_of_backward(lambda ok: at_end_of_backward(self._end) if ok else self._end(False))
 
     def _on_trigger(self) -> None:
         self._begin()
-        self._is_due = self._is_open
+        if self._phase is _Phase.OPEN:
+            self._phase = _Phase.DUE
 
     @untraced
     @torch.no_grad()
     def _end(self, ok: bool) -> None:
-        is_due, self._is_due = self._is_due, False
         try:
-            if is_due:
+            if self._phase is _Phase.DUE:
                 self._average(ok)
         finally:
-            self._is_open = False
+            self._phase = _Phase.IDLE
 
     def _average(self, ok: bool) -> None:
         if not ok:
@@ -210,12 +176,7 @@ class DelayedReducer:
                 grad = param.grad.to_dense() if param.grad.is_sparse else param.grad
                 torch.div(_real(grad), self.divisor, out=piece.view(_real(grad).shape))
                 flag.fill_(1)
-        group = self._group_ref()
-        if group is None:
-            raise RuntimeError(
-                f"fastddp: rank {self._rank}: the process group of this model was destroyed before"
-                " its backward; call destroy_process_group() after the last step"
-            )
+        group = self._group()
         loan = Loan(flat)
         wait = waiting(
             group,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 from torch.distributed import ProcessGroup
 
-from fastddp.comm.collectives import Loan, settle
+from fastddp.comm.loans import Loan, settle
 from fastddp.device.streams import has_streams
 
 Future = Any  # torch._C.Future, which has no type parameter and is the base of torch.futures.Future

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch.distributed import ProcessGroup, Work
 
-from fastddp.comm.collectives import Loan, settle, without_context
+from fastddp.comm.loans import Loan, settle, without_context
 from fastddp.device.streams import home_of, keep_for_current
 from fastddp.engine.hooks import GradBucket, Wait
+from fastddp.engine.weak_group import WeakGroup
 
 
 class ReduceInDtype:
     """Casts each bucket, all-reduces it, divides it by the number of ranks and casts it back.
 
     In this order, which is that of torch's mixed precision: a sum that float16 cannot hold becomes
-    infinite, and whoever scales the loss sees it.
+    infinite, and the code that scales the loss sees it.
 
     Args:
-        dtype: floating point.
-        group: where. Not kept alive.
+        dtype: the floating-point dtype in which gradients are added up.
+        group: the ranks that reduce; not kept alive.
     """
 
     def __init__(self, dtype: torch.dtype, group: ProcessGroup) -> None:
         self._dtype = dtype
-        self._group = weakref.ref(group)
+        self._group = WeakGroup(group)
         # By bucket, of the round that is under way or was abandoned. A work refers to its tensor,
         # so it has to be gone before the loan can be settled.
         self._works: dict[int, Work] = {}
@@ -39,14 +38,10 @@ class ReduceInDtype:
         """See :class:`fastddp.engine.hooks.BucketRunner`.
 
         Raises:
+            RuntimeError: if the script has destroyed the group.
             torch.distributed.DistBackendError: if the collective fails; also the returned function.
         """
         group, index, gradients = self._group(), bucket.index(), bucket.buffer()
-        if group is None:
-            raise RuntimeError(
-                "fastddp: the process group of this model was destroyed before its backward; call"
-                " destroy_process_group() after the last step"
-            )
         self._settle(index)
         rank, num_ranks = group.rank(), group.size()
         sent = gradients.to(self._dtype)
@@ -72,7 +67,7 @@ class ReduceInDtype:
         return wait
 
     def let_go(self) -> None:
-        """See there. Nothing to do: what is sent is a copy, and gone once it was waited for."""
+        """Does nothing: what is sent is a copy, and gone once it was waited for."""
 
     def _settle(self, index: int) -> None:
         self._works.pop(index, None)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import fastddp
-from fastddp.comm.collectives import gather_if_different
+from fastddp.comm.objects import gather_if_different
 from fastddp.comm.waiting import waiting
 from tests.models import Ladder, ladder_x, mean_x
 from tests.parity.checks import assert_ladder

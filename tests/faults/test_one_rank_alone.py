@@ -183,10 +183,10 @@ def _loads_in_a_fresh_job(rank: int, world_size: int, data: bytes, transport: st
         model.module.weight.grad = None
     for step in range(2):
         assert_trains(model, rank, 0.0, f"step {step}")
-    backend = model._replica._attached_to()._get_backend(torch.device("cpu")).name()
+    backend = model._replica.attachment.transport()._get_backend(torch.device("cpu")).name()
     assert backend == transport, "they have met"
     assert_trains(other, rank, 0.0, "a copy from before they met")
-    backend = other._replica._attached_to()._get_backend(torch.device("cpu")).name()
+    backend = other._replica.attachment.transport()._get_backend(torch.device("cpu")).name()
     assert backend == transport, "with the copy, too"
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from fastddp import extension
-from fastddp.comm import shm
+from fastddp.comm.hosts import Announcement
+from fastddp.comm.meeting import Meeting, short
 from tests.ranks import init_group, run_ranks
 
 pytestmark = pytest.mark.usefixtures("needs_shm")
@@ -78,33 +79,33 @@ GARBAGE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", GARBAGE)
 def test_garbage_in_the_handshake_is_somebodys_trouble(name, caplog):
-    meeting = shm._Meeting(_Wire(GARBAGE[name]), 0, 2)
+    meeting = Meeting(_Wire(GARBAGE[name]), 0, 2)
     with caplog.at_level(logging.WARNING, "fastddp"):
-        cards = meeting.exchange({key: CARD[key] for key in CARD}, shm._Card.read)
-    assert not meeting.everybody_is_well
-    assert cards[0] == shm._Card("a", tuple(HEAP), "1", None)
+        cards = meeting.exchange({key: CARD[key] for key in CARD}, Announcement.read)
+    assert not meeting.all_ok
+    assert cards[0] == Announcement("a", tuple(HEAP), "1", None)
     assert cards[1].heap is None
     assert "rank 1: it sent what cannot be read" in caplog.text
 
 
 def test_what_is_right_in_the_handshake_is_read():
-    meeting = shm._Meeting(_Wire(json.dumps(CARD).encode()), 0, 2)
-    cards = meeting.exchange({key: CARD[key] for key in CARD}, shm._Card.read)
-    assert meeting.everybody_is_well
-    assert cards == [shm._Card("a", tuple(HEAP), "1", None)] * 2
+    meeting = Meeting(_Wire(json.dumps(CARD).encode()), 0, 2)
+    cards = meeting.exchange({key: CARD[key] for key in CARD}, Announcement.read)
+    assert meeting.all_ok
+    assert cards == [Announcement("a", tuple(HEAP), "1", None)] * 2
 
 
 @pytest.mark.parametrize("character", ["x", "\u00e9", "\0", "\U0001f600", '"', "\ud800"])
 @pytest.mark.parametrize("length", [0, 1, 255, 256, 1365, 5000, 100_000])
 def test_two_texts_fit_into_a_message_whatever_their_characters(character, length):
-    text = shm._short(character * length)
+    text = short(character * length)
     assert text is not None
     assert text == (character * length)[: len(text)]
     assert len(json.dumps(text)) <= 1365
     assert len(text) >= min(length, 80)  # still something to read
     message = json.dumps({**CARD, "why_not": text, "trouble": text, "host": "f" * 64})
     assert len(message.encode()) <= 4096
-    assert shm._short(None) is None
+    assert short(None) is None
 
 
 def _another_file(parts: tuple[int, ...]) -> tuple[int, ...]:

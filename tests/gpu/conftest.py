@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from fastddp.ddp.replica import Replica
+from fastddp.ddp import ranks
 from tests.gpu.common import BACKEND, DEVICE
 
 
@@ -29,11 +28,10 @@ def _group() -> Iterator[None]:
 def one_rank(_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a world of one rank averaged like any other, which is a copy: a sum of one, by one."""
 
-    def set_group(self: Replica, group: ProcessGroup | None) -> None:
-        self._group = None if group is None else weakref.ref(group)
-        self._alone = group is None
+    def is_alone(group: ProcessGroup | None) -> bool:
+        return group is None
 
-    monkeypatch.setattr(Replica, "_set_group", set_group)
+    monkeypatch.setattr(ranks, "is_alone", is_alone)
 
 
 @pytest.fixture

@@ -363,10 +363,10 @@ def _drop(rank: int, world_size: int, engine: str) -> None:
     ours.register_comm_hook(None, default_hooks.allreduce_hook)
     for _ in range(2):
         ours(torch.ones(1, 2)).sum().backward()
-    runner = weakref.ref(ours._replica._reducer._hook)
+    runner = weakref.ref(ours._replica.attachment.reducer._hook)
     gc.disable()
     try:
-        ours._replica._reducer = None
+        ours._replica.attachment = None
         assert runner() is None, "a cycle keeps its buffers"
     finally:
         gc.enable()

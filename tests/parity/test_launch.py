@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fastddp
-from fastddp.comm import launch
+from fastddp.comm import environment, launch
 from tests import ranks
 from tests.conftest import require_native
 from tests.models import Ladder, ladder_x, mean_x
@@ -285,7 +285,7 @@ def test_a_second_program_meets_when_the_first_has_ended() -> None:
 
 
 def _who(rank: int) -> list[int | None]:
-    return [dist.get_rank(), dist.get_world_size(), launch.find_local_rank()]
+    return [dist.get_rank(), dist.get_world_size(), environment.find_local_rank()]
 
 
 def test_spawn_by_a_launcher_s_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def attributes_of_both(rank: int, world_size: int, engine: str) -> None:
             elif name == "named_module_buffers":
                 got, want = list(got), list(want)
             elif name == "bucket_bytes_cap":
-                got, want = max(got, 2**20), max(want, 2**20)  # see fastddp.torch_face
+                got, want = max(got, 2**20), max(want, 2**20)  # see fastddp.ddp.torch_attributes
             assert got == want, (name, got, want, options)
         for name in ("broadcast_buffers", "_distributed_rank", "join_process_group"):
             assert getattr(ours, name) == getattr(theirs, name), name

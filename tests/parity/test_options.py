@@ -38,7 +38,7 @@ def _engine_from_environment(rank: int, world_size: int) -> list[str]:
     names = []
     for engine in (None, "python"):
         ours = fastddp.DistributedDataParallel(Ladder(), engine=engine)
-        names.append(type(ours._replica._reducer).__name__)
+        names.append(type(ours._replica.attachment.reducer).__name__)
     return names
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastddp.comm.spawn import parent
+from fastddp.comm.spawn import start
 from tests.ranks import LAUNCHER_VARIABLES, PRELOAD
 from tests.spawn.common import children, open_sockets
 
@@ -30,4 +30,4 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def fast_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forks the ranks from a server that has imported torch: seconds less a test."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
-    monkeypatch.setattr(parent, "_START_METHOD", "forkserver")
+    monkeypatch.setattr(start, "_START_METHOD", "forkserver")

@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 import fastddp
-from fastddp.comm.spawn import parent
+from fastddp.comm.spawn import rank as in_the_rank
 from fastddp.comm.spawn.mailbox import post
 
 
@@ -101,7 +101,7 @@ def _die_while_reporting(rank: int, folder: str) -> bytes:
             line.sendall(whole[: len(whole) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
 
-        parent.post = half  # type: ignore[attr-defined]
+        in_the_rank.post = half  # type: ignore[assignment]
     return bytes(10_000_000)
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fastddp
-from fastddp.comm import launch, launchers
+from fastddp.comm import environment, launchers, rendezvous
 from fastddp.comm.launchers import LOOPBACK, find, first_of_nodelist
 from fastddp.ddp.wrap import choose_device
 from tests.ranks import LAUNCHER_VARIABLES
@@ -261,42 +261,42 @@ TORCHRUN = {
 
 def test_torchrun_s_variables_win(environ: pytest.MonkeyPatch) -> None:
     give(environ, OPEN_MPI_4 | STEP | TORCHRUN)
-    found = launch.describe_environment()
+    found = environment.describe_environment()
     assert (found.rank, found.world_size, found.local_rank) == (5, 6, 2)
     assert found.meeting is None  # torch's own env:// is to look
 
 
 def test_they_complete_what_a_launcher_says(environ: pytest.MonkeyPatch) -> None:
     give(environ, STEP | {"MASTER_ADDR": "m", "WORLD_SIZE": "4"})
-    found = launch.describe_environment()
+    found = environment.describe_environment()
     assert (found.rank, found.world_size, found.local_rank) == (3, 4, 1)
     assert found.meeting is not None
     assert (found.meeting.host, found.meeting.host_from) == ("m", None)
     give(environ, {"MASTER_PORT": "17", "LOCAL_RANK": "0"})
-    found = launch.describe_environment()
+    found = environment.describe_environment()
     assert found.meeting is not None
     assert (found.meeting.port, found.local_rank) == (17, 0)
 
 
 def test_launchers_can_be_turned_off(environ: pytest.MonkeyPatch) -> None:
     give(environ, STEP | {"FASTDDP_LAUNCHER": "0"})
-    assert not launch.describe_environment().launched
-    assert launch.find_local_rank() is None
+    assert not environment.describe_environment().launched
+    assert environment.find_local_rank() is None
     assert fastddp.info().launcher == "none  (FASTDDP_LAUNCHER=0)"
     train_alone()
     assert not dist.is_initialized()
     give(environ, TORCHRUN)
-    assert launch.describe_environment().rank == 5
+    assert environment.describe_environment().rank == 5
     environ.delenv("RANK")
     give(environ, {"FASTDDP_LAUNCHER": "no"})
-    for call in (launch.describe_environment, fastddp.init_process_group):
+    for call in (environment.describe_environment, fastddp.init_process_group):
         with pytest.raises(ValueError, match="FASTDDP_LAUNCHER='no' is not one of 0, 1"):
             call()
     assert fastddp.info().launcher == "FASTDDP_LAUNCHER='no' is not one of 0, 1"
     give(environ, {"FASTDDP_LAUNCHER": "1", "LOCAL_RANK": "1"})
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environ.delenv(name)
-    assert launch.describe_environment().rank == 3
+    assert environment.describe_environment().rank == 3
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_launchers_can_be_turned_off(environ: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_missing_or_wrong_is_named(environ, variables, text) -> None:
     give(environ, variables)
-    for call in (launch.describe_environment, fastddp.init_process_group, train_alone):
+    for call in (environment.describe_environment, fastddp.init_process_group, train_alone):
         with pytest.raises(RuntimeError, match=text):
             call()
     assert not dist.is_initialized()
@@ -358,7 +358,7 @@ def test_a_port_that_is_taken_is_named(environ: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("patience_ms", [50, 200])
 def test_rank_0_names_the_ranks_it_waits_for(environ, caplog, patience_ms) -> None:
     give(environ, OPEN_MPI_4 | {"OMPI_COMM_WORLD_RANK": "0", "MASTER_PORT": "0"})
-    environ.setattr(launch, "_PATIENCE", timedelta(milliseconds=patience_ms))
+    environ.setattr(rendezvous, "_PATIENCE", timedelta(milliseconds=patience_ms))
     waits = r"rank 0 of 2, started by mpirun \(Open MPI\), waits for rank\(s\) 1"
     with pytest.raises(RuntimeError, match=f"{waits}, which have not come within 0.2 s"):
         fastddp.init_process_group(timeout=timedelta(seconds=0.2))

@@ -1,1 +1,1 @@
-"""`fastddp.spawn`: the process that starts the ranks, and the ranks."""
+"""`fastddp.spawn`: the process that starts the ranks, and what runs in the ranks."""

@@ -1,4 +1,4 @@
-"""Pickling what another Python process is to have, also where that cannot import it.
+"""Pickling values for another Python process, also those that it cannot import by name.
 
 Plain pickle sends functions and classes by name. Those of a notebook, of ``python -c``, of a script
 on standard input, lambdas and functions inside functions have no name that another process could
@@ -32,10 +32,10 @@ class Parcel:
 
 
 def dumps(value: Any) -> bytes:
-    """Pickles for another process that exists already; tensors are copied.
+    """Pickles a value for another process that exists already; tensors are copied.
 
     Raises:
-        Exception: whatever the value's classes raise on pickling.
+        Exception: any error that the value's classes raise on pickling.
     """
     return _dump(value, shares=False)
 

@@ -16,7 +16,7 @@ class Mailbox:
     open: then neither the rest nor an end would come. So what is there is taken, and no more.
 
     Args:
-        end: of a socket pair, whose other end `post` writes to.
+        end: one end of a socket pair; `post` writes to the other one.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -27,7 +27,7 @@ class Mailbox:
         """Whether nothing more will come."""
 
     def fileno(self) -> int:
-        """Returns what to wait on."""
+        """Returns the descriptor to wait on."""
         return self._end.fileno()
 
     @property
@@ -61,6 +61,10 @@ class Mailbox:
 
 def post(end: socket.socket, message: bytes) -> None:
     """Sends a message; returns when it is on its way.
+
+    Args:
+        end: the sender's end of the socket pair.
+        message: bytes of any number.
 
     Raises:
         OSError: if the receiver is gone.

@@ -57,8 +57,8 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.distributed_c10d import AllreduceOptions
 
-from fastddp.comm.collectives import Loan, settle, without_context
 from fastddp.comm.labels import labelled
+from fastddp.comm.loans import Loan, settle, without_context
 from fastddp.device.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.device.compiler import refuse_compiled_autograd, untraced
 from fastddp.device.flat import widened, write
@@ -87,24 +87,7 @@ from fastddp.engine.plan import (
     plan_buckets,
 )
 from fastddp.engine.schedule import Schedule
-
-
-@dataclass(frozen=True, slots=True)
-class RoundStats:
-    """See :class:`fastddp.engine.interface.Stats`."""
-
-    rounds: int = 0
-    wait_us_total: float = 0.0
-    wait_us_last: float = 0.0
-    bytes_per_round: int = 0
-    num_buckets: int = 0
-    overlaps: bool = True
-    began_ns: int = 0
-    backward_us_last: float = 0.0
-    comm_us_last: float = 0.0
-    unused_bytes_last: int = 0
-    is_static: bool = True
-
+from fastddp.engine.stats import RoundStats
 
 P = CallSpec("P")
 
