@@ -19,6 +19,7 @@ from fastddp.engine import optim_in_backward
 from fastddp.engine.choose import choose, make_reducer
 from fastddp.engine.delayed import DelayedReducer
 from fastddp.engine.hooks import BucketRunner, CommHook, HookRunner
+from fastddp.engine.interface import Settings
 from fastddp.engine.reduce_dtype import ReduceInDtype
 from fastddp.engine.weak_group import WeakGroup
 
@@ -79,21 +80,10 @@ class Attachment:
         self._group = WeakGroup(group)
         self._num_ranks = group.size()
         self._policy = policy
-        trained = model.select()
-        self._params = trained.params
-        self.reducer = make_reducer(
-            choose(options.engine),
-            trained.params,
-            trained.names,
-            trained.num_sparse,
-            trained.frozen,
-            transport,
-            options.caps_bytes,
-            options.comm_dtype,
-            model.owner.number,
-            model.owner.title,
-            options.lazy_buckets,
-        )
+        subject = model.select()
+        self._params = subject.params
+        settings = Settings(options.caps_bytes, options.comm_dtype, options.lazy_buckets)
+        self.reducer = make_reducer(choose(options.engine), subject, transport, settings)
         introduce(model.owner)
         self._delayed: DelayedReducer | None = None
         if options.delay is not None:

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastddp.comm.labels import owner_of_copy
-
-
-class Trained(NamedTuple):
-    """The parameters that a reducer is made for; the same ones, in the same order, on each rank."""
-
-    params: list[nn.Parameter]
-    """The parameters to hook; those with sparse gradients are the last ones."""
-    names: list[str]
-    """The parameters' names in the module."""
-    num_sparse: int
-    frozen: list[nn.Parameter]
-    """Parameters that require no gradient, and may come to require one."""
+from fastddp.engine.interface import Subject
 
 
 class Model:
@@ -58,7 +46,7 @@ class Model:
         ignored = self.ignored
         return [param for name, param in self.module.named_parameters() if name not in ignored]
 
-    def select(self) -> Trained:
+    def select(self) -> Subject:
         """Returns the parameters to hook now, and remembers them.
 
         A parameter that was hooked once is hooked for ever. Otherwise two halves of a model that
@@ -71,7 +59,14 @@ class Model:
         names = sorted(hooked, key=lambda name: hooked[name] in sparse)  # stable: sparse ones last
         params = [hooked[name] for name in names]
         self._hooked = {param: (param.dtype, param.device) for param in params}
-        return Trained(params, names, sum(p in sparse for p in params), frozen)
+        return Subject(
+            params,
+            names,
+            num_sparse=sum(p in sparse for p in params),
+            frozen=frozen,
+            number=self.owner.number,
+            title=self.owner.title,
+        )
 
     @property
     def hooked(self) -> Collection[nn.Parameter]:

@@ -1,8 +1,9 @@
-"""What the rest of the package knows of a reducer, whichever engine it is."""
+"""What the rest of the package knows of a reducer, of whichever engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,16 +13,58 @@ from fastddp.engine.news import News
 from fastddp.engine.plan import BucketPlan
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model that a reducer serves.
+
+    The parameters, and their order, are the same on every rank.
+    """
+
+    params: Sequence[torch.nn.Parameter]
+    """The parameters to hook, all on one device.
+
+    Each is floating point or complex and requires grad, at least now and then.
+    """
+    names: Sequence[str]
+    """What messages call these parameters."""
+    num_sparse: int
+    """How many of the last parameters get sparse gradients, with one dimension of indices."""
+    frozen: Sequence[torch.Tensor]
+    """The model's other parameters, see :meth:`Reducer.outgrown`."""
+    number: int = 0
+    """32 bits that tell this model's collectives from another model's on the same group."""
+    title: str = "the model"
+    """What messages call the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a reducer averages gradients."""
+
+    caps_bytes: Sequence[int]
+    """The sizes of buckets, see :func:`fastddp.engine.plan.plan_buckets`; equal on every rank."""
+    comm_dtype: torch.dtype | None = None
+    """The dtype that gradients are cast to for the all-reduce, but for float64 ones.
+
+    None for the dtypes that they have. The same on every rank.
+    """
+    lazy: bool = False
+    """Whether a bucket is allocated when the first gradient arrives, and left to the script.
+
+    It is left at the end of the round. Ranks may differ.
+    """
+
+
 class Stats(Protocol):
-    """Figures of the synchronised backwards so far, as this rank's host saw them."""
+    """Figures of the synchronised backwards so far, as the host of this rank saw them."""
 
     @property
     def rounds(self) -> int:
-        """Synchronised backwards."""
+        """The number of synchronised backwards."""
 
     @property
     def wait_us_total(self) -> float:
-        """Microseconds spent at the ends of backwards until the last bucket was reduced.
+        """Microseconds of waiting at the ends of backwards, until the last bucket was reduced.
 
         This is the communication that was not hidden. For collectives on a GPU the host does not
         wait, so nothing is counted.
@@ -29,42 +72,42 @@ class Stats(Protocol):
 
     @property
     def wait_us_last(self) -> float:
-        """The same for the latest of them."""
+        """Microseconds of waiting at the end of the latest synchronised backward."""
 
     @property
     def bytes_per_round(self) -> int:
-        """Bytes that go into collectives; 0 before the first round."""
+        """Bytes that go into the collectives of one round; 0 before the first round."""
 
     @property
     def num_buckets(self) -> int:
-        """Buckets, which are collectives, per round; 0 before the first round."""
+        """The number of buckets, one collective each, per round; 0 before the first round."""
 
     @property
     def overlaps(self) -> bool:
-        """Whether the latest round launched buckets while backward went on, or all at its end.
+        """Whether the latest round launched buckets while backward ran, and not all at its end.
 
-        On the shared-memory backend the first rounds try both, and the faster stays.
+        On the shared-memory backend the first rounds try both ways, and the faster one stays.
         """
 
     @property
     def began_ns(self) -> int:
-        """When the latest round began, in nanoseconds since the epoch."""
+        """The time at which the latest round began, in nanoseconds since the epoch."""
 
     @property
     def backward_us_last(self) -> float:
-        """Microseconds from the beginning of the latest round until its backward was through."""
+        """Microseconds from the begin of the latest round to the end of its backward."""
 
     @property
     def comm_us_last(self) -> float:
-        """Microseconds from its first collective until its last bucket was reduced."""
+        """Microseconds from the first collective of the latest round to the end of the last one."""
 
     @property
     def unused_bytes_last(self) -> int:
-        """Bytes of the parameters that this rank had no gradient for in it."""
+        """Bytes of the parameters for which this rank had no gradient in the latest round."""
 
     @property
     def is_static(self) -> bool:
-        """Whether these have been the same parameters in every round."""
+        """Whether the parameters without a gradient have been the same in every round."""
 
 
 class Reducer(Protocol):
@@ -76,74 +119,77 @@ class Reducer(Protocol):
     manual: bool
     """Whether the round of a backward that begins now ends with :meth:`finalize`.
 
-    Else with its backward. Read when backward begins.
+    Otherwise it ends with its backward. Read when backward begins.
     """
 
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Takes note of what a forward has returned, after each, in grad mode.
+        """Takes note of the tensors that a forward in grad mode has returned; called after each.
 
-        A backward that goes through one of them is a round on every rank, also on one where it
+        A backward that goes through one of them is a round on every rank, also on a rank where it
         then reaches no parameter.
         """
 
     def set_divisor(self, divisor: float) -> None:
-        """Sets what gradients are divided by, from the next round on; else the number of ranks."""
+        """Sets the number that gradients are divided by from the next round on.
+
+        Without this call, that is the number of ranks."""
 
     def set_hook(self, hook: BucketRunner) -> None:
         """Hands the buckets to a communication hook, or the like, in place of the all-reduce.
 
-        From the next round on, on every rank. Buckets then hold gradients as they are, without
-        gaps, and with rows in order whatever the parameter's strides; a sparse gradient comes as a
-        bucket of its own.
+        To be called on every rank; takes effect with the next round. Buckets then hold gradients
+        that are not divided by anything, without gaps, and with rows in order whatever the strides
+        of the parameter. A sparse gradient is a bucket of its own.
         """
 
     def set_after_round(self, callback: Callable[[], None] | None) -> None:
-        """Has ``callback`` called at the end of each round, once gradients are where they belong.
+        """Has ``callback`` called at the end of each round, once gradients are in ``.grad``.
 
-        The reducer holds it; let it refer to the reducer's owner weakly.
+        The reducer keeps the callback alive, so it should refer to the reducer's owner weakly.
         """
 
     def set_on_news(self, callback: Callable[[News], None]) -> None:
-        """Has ``callback`` called when a round brought news, on all ranks alike.
+        """Has ``callback`` called when a round brought news, which it does on all ranks.
 
-        What it raises comes out of the backward.
+        An exception of the callback comes out of the backward.
         """
 
     @property
     def has_left_news(self) -> bool:
-        """Whether the latest round may have brought news that nobody has answered.
+        """Whether the latest round may have brought news that nobody has read.
 
-        For its backward has raised. Another one refuses to begin while there are such.
+        That is so after a backward that raised. Another backward refuses to begin until then.
         """
 
     @property
     def began_ns(self) -> int:
-        """When the latest round began, in nanoseconds since the epoch."""
+        """The time at which the latest round began, in nanoseconds since the epoch."""
 
     def read_left_news(self) -> bool:
         """Returns whether that round brought the news that the model of a rank has changed.
 
-        Waits until the round's collectives have ended. Once only; then nothing is left.
+        Waits until the collectives of the round have ended. The next call returns False.
         """
 
     def leave_news(self) -> None:
-        """Has the next :meth:`read_left_news` say so."""
+        """Has the next :meth:`read_left_news` return True."""
 
     def outgrown(self) -> bool:
-        """Returns whether a parameter that was frozen requires grad now, see :meth:`retire`."""
+        """Returns whether a frozen parameter requires grad by now, see :meth:`retire`."""
 
     def is_stale(self) -> bool:
-        """Returns whether a parameter has another shape, layout, dtype, device or gradient node.
+        """Returns whether a parameter has changed since it was hooked, see :meth:`retire`.
 
-        Than it had when it was hooked, see :meth:`retire`. To be asked before a forward, whose
-        graph would have nodes that do not fit. A round asks too, if nobody has since the last.
+        It may have another shape, layout, dtype, device or gradient node. To be called before a
+        forward, since the graph would have nodes that are not hooked. When a round begins and
+        nobody has called this since the round before, the reducer calls it.
         """
 
     def retire(self) -> None:
-        """Leaves the parameters alone, for the model has changed, and tells the other ranks so.
+        """Leaves the parameters alone, since the model has changed, and tells the other ranks so.
 
-        The news travel with the next round, to which this rank has nothing to add; ``.grad`` is
-        left as it is, for the reducer that comes after this one to :meth:`average`.
+        The news travel with the next round, to which this rank adds nothing. ``.grad`` stays as it
+        is, so that the next reducer can :meth:`average` it.
         """
 
     def is_in_flight(self) -> bool:
@@ -152,51 +198,54 @@ class Reducer(Protocol):
     def finalize(self) -> None:
         """Waits for the manual round's collectives and writes its gradients to ``.grad``.
 
-        Called while its backward still runs, it first launches what is left: no further gradient
-        may come in that backward.
+        When called while the backward still runs, it first launches the buckets that are left. No
+        further gradient may come in that backward.
 
         Raises:
-            RuntimeError: if there is no such round, or not yet one that may be ended; the round
-                stays then. If a parameter has become another since backward.
+            RuntimeError: if there is no such round, or it may not be ended yet; then the round
+                stays. If a parameter has changed since backward; then the round is dropped.
             torch.distributed.DistBackendError: if a collective has failed.
         """
 
     def average(self) -> None:
-        """Averages what is in ``.grad``, wherever it comes from. Collective."""
+        """Averages what is in ``.grad``, wherever it comes from. Called on all ranks together."""
 
     def settle(self) -> bool:
-        """Waits for another thread to end a round that its backward has left by an exception.
+        """Waits for another thread to end a round after its backward has raised.
 
-        On a GPU, where autograd has threads of its own; for whoever communicates next. Returns
-        whether it is over; after 10 s it gives up, for a thread may as well run a long backward.
+        On a GPU, autograd has threads of its own, and what is communicated next has to come after
+        that round. Returns whether the round is over. After 10 s it gives up, since the thread may
+        run a long backward just as well.
         """
 
     def shadow(self) -> None:
         """Takes part in a round of the other ranks with nothing to add; returns when it is over.
 
-        Gradients are then those of the other ranks, for optimizers that join too.
+        The gradients are then those of the other ranks, for optimizers that take part too.
         """
 
     def unused(self) -> Sequence[str]:
         """Returns the names of the parameters that no rank had a gradient for in round one."""
 
     def error(self) -> str:
-        """Returns what the latest error of the engine in a backward said; empty for none."""
+        """Returns the text of the engine's latest error in a backward; empty if there was none."""
 
     def used_by(self) -> Sequence[int]:
         """Returns, by parameter, how many ranks had a gradient for it in the latest round.
 
-        All of them before the first.
+        Before the first round, that is the number of all ranks.
 
         Raises:
-            RuntimeError: in a round, until it is finalized.
+            RuntimeError: if a round is under way.
         """
 
     def close(self) -> None:
-        """Unhooks the parameters. Their next gradients are left alone; call once, at any time."""
+        """Unhooks the parameters, so that their next gradients are left alone.
+
+        To be called once, at any time."""
 
     def stats(self) -> Stats:
-        """Returns a snapshot; may be called at any time."""
+        """Returns a snapshot of the figures; may be called at any time."""
 
     def plan(self) -> BucketPlan:
-        """Returns the plan of the latest round, or of the first one to come."""
+        """Returns the plan of the latest round, or of the first round if there was none yet."""

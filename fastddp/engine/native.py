@@ -1,4 +1,4 @@
-"""The C++ engine behind the Python interface."""
+"""The C++ engine, with the interface of a reducer."""
 
 from __future__ import annotations
 
@@ -11,42 +11,31 @@ from torch.distributed import ProcessGroup
 import fastddp._C as _C
 from fastddp.device.compiler import untraced
 from fastddp.engine.hooks import BucketRunner, GradBucket, Wait
+from fastddp.engine.interface import Settings, Subject
 from fastddp.engine.news import News
 from fastddp.engine.plan import Bucket, BucketPlan, Slot
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""The dtypes by their number in ``csrc/core/dtype.h``."""
+"""The dtypes by the numbers that they have in ``csrc/core/dtype.h``."""
 
 
 class NativeReducer:
     """See :class:`fastddp.engine.interface.Reducer`."""
 
-    def __init__(
-        self,
-        params: Sequence[torch.nn.Parameter],
-        names: Sequence[str],
-        num_sparse: int,
-        frozen: Sequence[torch.Tensor],
-        group: ProcessGroup,
-        caps_bytes: Sequence[int],
-        comm_dtype: torch.dtype | None = None,
-        owner: int = 0,
-        title: str = "the model",
-        lazy: bool = False,
-    ) -> None:
-        self._params = list(params)
+    def __init__(self, subject: Subject, group: ProcessGroup, settings: Settings) -> None:
+        self._params = list(subject.params)
         self._hook: BucketRunner | None = None
         self._reducer = _C.Reducer(
             self._params,
-            list(names),
-            num_sparse,
-            list(frozen),
+            list(subject.names),
+            subject.num_sparse,
+            list(subject.frozen),
             group,
-            list(caps_bytes),
-            comm_dtype,
-            owner=owner,
-            title=title,
-            lazy=lazy,
+            list(settings.caps_bytes),
+            settings.comm_dtype,
+            owner=subject.number,
+            title=subject.title,
+            lazy=settings.lazy,
         )
 
     @property

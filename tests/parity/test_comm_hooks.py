@@ -363,7 +363,9 @@ def _drop(rank: int, world_size: int, engine: str) -> None:
     ours.register_comm_hook(None, default_hooks.allreduce_hook)
     for _ in range(2):
         ours(torch.ones(1, 2)).sum().backward()
-    runner = weakref.ref(ours._replica.attachment.reducer._hook)
+    reducer = ours._replica.attachment.reducer
+    runner = weakref.ref(reducer._hook if engine == "native" else reducer._launcher.hook)
+    del reducer
     gc.disable()
     try:
         ours._replica.attachment = None

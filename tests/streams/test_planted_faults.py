@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastddp.engine.python import memory
 from fastddp.engine.python.reducer import PythonReducer
+from fastddp.engine.python.round import Round
 from tests.ranks import run_ranks
 from tests.streams import device, programs
 from tests.streams.group import RecordedWork, RecordingGroup
@@ -17,46 +19,46 @@ from tests.streams.group import RecordedWork, RecordingGroup
 
 
 def no_wait_at_the_end() -> None:
-    PythonReducer._wait_for = lambda *_: None
+    Round._wait_for = lambda *_: None
 
 
 def write_after_launch() -> None:
-    launch = PythonReducer._launch
+    launch = Round._launch_next
 
-    def launch_too_early(self: Any, current: Any, waits: bool = False) -> None:
-        index = current.next_bucket
-        launch(self, current, waits)
-        self._memory[index].flags.fill_(1)
+    def launch_too_early(self: Any, *, waits: bool) -> None:
+        number = self._next
+        launch(self, waits=waits)
+        self.buckets[number].flags.fill_(1)
 
-    PythonReducer._launch = launch_too_early
+    Round._launch_next = launch_too_early
 
 
 def buckets_of_an_abandoned_round() -> None:
     abandon = PythonReducer._abandon_round
 
-    def abandon_and_reuse(self: Any) -> None:
-        abandon(self)
-        self._installed = True
-        self._left_news = None  # or the next forward would wait for the round
+    def abandon_and_reuse(self: Any, current: Any) -> None:
+        abandon(self, current)
+        self._installation.buckets = current.buckets
+        self._marks._left = None  # or the next forward would wait for the round
 
     PythonReducer._abandon_round = abandon_and_reuse
 
 
 def memory_that_is_not_zeroed() -> None:
-    def allocate(_: Any, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    def allocate(numel: int, dtype: torch.dtype, _: Any) -> torch.Tensor:
         return torch.empty(numel, dtype=dtype, device=device.NAME)
 
-    PythonReducer._allocate = allocate
+    memory.allocate = allocate
 
 
 def host_reads_a_bucket() -> None:
-    hand_out = PythonReducer._hand_out
+    hand_out = Round.hand_out
 
-    def look_and_hand_out(self: Any, current: Any) -> None:
-        self._memory[0].flat.isfinite().all().item()
-        hand_out(self, current)
+    def look_and_hand_out(self: Any) -> None:
+        self.buckets[0]._flat.isfinite().all().item()
+        hand_out(self)
 
-    PythonReducer._hand_out = look_and_hand_out
+    Round.hand_out = look_and_hand_out
 
 
 def group_that_forgets_to_wait() -> None:
