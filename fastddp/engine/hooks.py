@@ -1,4 +1,4 @@
-"""Communication hooks: what torch's are given, and how what they return is waited for."""
+"""Communication hooks: what they are given, and how their results are waited for."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class GradBucket:
     """The gradients that a hook is to reduce; has the methods of ``torch.distributed.GradBucket``.
 
     Args:
-        index: which of the round's buckets; they are given to the hook in this order.
-        count: how many there are.
-        buffer: the gradients, flat and without gaps, not divided by anything; or a sparse gradient.
-        params: whose gradients these are.
-        offsets: where in ``buffer`` each begins, in its elements.
+        index: the number of the bucket in the round; a hook is given the buckets in this order.
+        count: the number of buckets in the round.
+        buffer: the gradients in one vector, without gaps and not divided by anything; or one sparse
+            gradient.
+        params: the parameters that the gradients belong to.
+        offsets: the first element of each gradient in ``buffer``.
     """
 
     def __init__(
@@ -48,23 +49,23 @@ class GradBucket:
         self._offsets = list(offsets)
 
     def index(self) -> int:
-        """Returns which of the buckets this is."""
+        """Returns the number of this bucket in the round."""
         return self._index
 
     def is_last(self) -> bool:
-        """Returns whether this is the last one of this backward."""
+        """Returns whether this is the last bucket of this backward."""
         return self._index == self._count - 1
 
     def buffer(self) -> Tensor:
-        """Returns the gradients as one vector."""
+        """Returns the gradients as one vector, or the one sparse gradient."""
         return self._buffer
 
     def set_buffer(self, buffer: Tensor) -> None:
-        """Replaces the vector; ``gradients()`` then lie in it."""
+        """Replaces the vector; ``gradients()`` then returns views of the new one."""
         self._buffer = buffer
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Returns the parameters."""
+        """Returns the parameters that the gradients belong to."""
         return self._params
 
     def gradients(self) -> list[Tensor]:
@@ -78,29 +79,29 @@ class GradBucket:
 
 
 class BucketRunner(Protocol):
-    """Communicates buckets: a hook of the user's, or one of our own."""
+    """Communicates buckets: by a hook of the user's, or in a way of our own."""
 
     def start(self, bucket: GradBucket) -> Wait:
-        """Starts with a bucket; called for each of a round, on every rank in the same order.
+        """Starts to communicate a bucket; called for each bucket, on every rank in the same order.
 
         Returns:
-            A function that waits, and puts the reduced gradients where the gradients were.
+            A function that waits for the result and puts it where the gradients were.
         """
 
     def let_go(self) -> None:
-        """Keeps no reference to buckets that have been waited for."""
+        """Drops all references to buckets that have been waited for."""
 
 
 class HookRunner:
-    """Runs a hook, one bucket at a time where it communicates from several threads.
+    """Runs a hook; on the CPU, one bucket at a time.
 
-    On the CPU a future's callbacks run on a thread of the transport's whenever that gets to it. Did
-    they communicate while this thread does too, ranks would disagree on the order of collectives.
-    So a bucket is given to the hook only when the one before is done.
+    On the CPU, a future's callbacks run on a thread of the transport at any moment. If they
+    communicated while this thread does too, the ranks would disagree on the order of collectives.
+    So a bucket is given to the hook only when the bucket before is done.
 
     Args:
-        hook: called with each bucket, on every rank in the same order.
-        timeout_s: how long a bucket may take.
+        hook: the function to call with each bucket, on every rank in the same order.
+        timeout_s: the longest time that a bucket may take, in seconds.
     """
 
     def __init__(self, hook: CommHook, timeout_s: float) -> None:
@@ -117,11 +118,11 @@ class HookRunner:
 
         Returns:
             A function that waits for the hook's result and puts it where the gradients were. It
-            raises what the hook's future raises, and RuntimeError if that holds something else than
-            a tensor of the buffer's size or is not completed in time.
+            raises what the hook's future raises. It raises RuntimeError if the future holds
+            anything other than a tensor of the buffer's size, or is not completed in time.
 
         Raises:
-            RuntimeError: if the hook returns something that is no future.
+            RuntimeError: if the hook returns something that is not a future.
         """
         gradients = bucket.buffer()
         if bucket.index() == 0:  # of another plan, perhaps
@@ -156,15 +157,15 @@ class HookRunner:
 
 
 def deadline(future: Future, timeout_s: float, what: str) -> Wait:
-    """Returns a function that waits until a future is done, but not for ever.
+    """Returns a function that waits until a future is done, or the time is over.
 
     Args:
-        future: whatever it holds in the end, also an error.
-        timeout_s: since the wait began.
-        what: it is, for the message.
+        future: the future, which may hold an error in the end.
+        timeout_s: the longest wait in seconds, counted from the call of the function.
+        what: the name of the future in the message.
 
     Raises:
-        RuntimeError: the function, if it takes longer.
+        RuntimeError: when the function is called, if the future takes longer.
     """
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
@@ -180,7 +181,9 @@ def deadline(future: Future, timeout_s: float, what: str) -> Wait:
 
 
 def await_future(future: Future, timeout_s: float, what: str) -> None:
-    """Waits until a future is done, see :func:`deadline`; a device's is once all is launched."""
+    """Waits until a future is done, see :func:`deadline`.
+
+    The future of a collective on a device is done as soon as everything is launched."""
     if not future.done():
         deadline(future, timeout_s, what)()
 
@@ -215,11 +218,11 @@ def _view(buffer: Tensor, param: Tensor, offset: int) -> Tensor:
 
 
 def check(hook: Callable[..., Any]) -> None:
-    """Checks that this may be a communication hook.
+    """Checks that something may be a communication hook.
 
     Raises:
         TypeError: if it cannot be called.
-        ValueError: if its annotations are of other types.
+        ValueError: if the annotations are not those of a hook.
     """
     if not callable(hook):
         raise TypeError("Communication hook must be callable.")
@@ -244,11 +247,11 @@ def builtin(kind: Any, group: Callable[[], ProcessGroup]) -> CommHook:
     """Returns the hook that torch's ``BuiltinCommHookType`` names.
 
     Args:
-        kind: one of its members.
-        group: returns where to reduce.
+        kind: a member of ``BuiltinCommHookType``.
+        group: a function that returns the process group to reduce in.
 
     Raises:
-        ValueError: for another one.
+        ValueError: if the kind is not known.
     """
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 

@@ -1,4 +1,4 @@
-"""What a reducer has to say beside gradients."""
+"""What a reducer tells its owner, apart from gradients."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from enum import IntEnum
 
 
 class News(IntEnum):
-    """Why a reducer calls back; ``csrc/reducer/reducer.h`` has the same."""
+    """The reasons for which a reducer calls back; the C++ engine has the same numbers."""
 
     EMPTY = 0
     """No rank had a gradient for any parameter in the round that has ended."""
     CHANGED = 1
     """In the round that has ended, a rank has retired its reducer: its model has changed."""
     CHANGED_BEFORE = 2
-    """The same in a round before the one that begins; on a device, where the host is told late.
+    """A rank has retired its reducer in a round before the one that begins.
 
-    Then this rank's own model had not changed: a rank with a change of its own waits for the device
-    to know at once.
+    This happens on a device, where the host reads marks late, and on ranks that had not changed
+    their own models: a rank that has changed its model waits for the device to know at once.
     """

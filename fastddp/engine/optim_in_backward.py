@@ -1,7 +1,7 @@
-"""Optimizers that parameters brought along, by torch's ``_apply_optimizer_in_backward``.
+"""Optimizers that torch's ``_apply_optimizer_in_backward`` has attached to parameters.
 
-They step when a gradient has been accumulated, which here is too early: it is not averaged yet. So
-their hooks are taken off, and they step at the end of the round instead.
+Their hooks step when a gradient has been accumulated. That is too early here, since the gradient is
+not averaged yet. So the hooks are removed, and the optimizers step at the end of the round.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def take_over(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Takes the optimizers' hooks off the parameters; returns those that have an optimizer."""
+    """Removes the optimizers' hooks; returns the parameters that have an optimizer."""
     owners = [param for param in params if hasattr(param, "_in_backward_optimizers")]
     module = sys.modules.get("torch.distributed.optim.apply_optimizer_in_backward")
     if module is not None:
@@ -24,7 +24,7 @@ def take_over(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def step(params: Iterable[nn.Parameter]) -> None:
-    """Steps the optimizers of those that have a gradient, and drops it, as torch's hooks do."""
+    """Steps the optimizer of each parameter with a gradient, and drops it, as torch's hooks do."""
     for param in params:
         if param.grad is not None:
             for optimizer in param._in_backward_optimizers:  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Which gradient lies in which bucket, at which offset, and in which order buckets are reduced.
 
-A plan is frozen data and a pure function of the parameters' sizes, the order in which their
-gradients arrive and the size caps: ranks that agree on these agree on every collective. The C++
+A plan is frozen data: a pure function of the parameters' sizes, the order in which the gradients
+arrive, and the size caps. Ranks that agree on these agree on every collective. The C++
 engine has the same function in ``csrc/core/plan.cpp``; ``tests/unit/test_plan.py`` compares them.
 """
 
@@ -16,13 +16,16 @@ SLOT_ALIGN_BYTES = 16
 """Slots begin at multiples of this, so that a wide load never straddles two gradients."""
 
 CAST_ALIGN_BYTES = 32
-"""The same where gradients are cast for communication: 32 bytes are 16 in half the size."""
+"""Where gradients are cast for communication, slots begin at multiples of this.
+
+32 bytes become 16 bytes when the dtype for communication has half the size.
+"""
 
 PACKED_ALIGN_BYTES = 1
-"""For a communication hook, which is promised a buffer with nothing but gradients in it."""
+"""With a communication hook there are no gaps: it is promised a buffer of nothing but gradients."""
 
 NUM_MARKS = 33
-"""Elements behind a bucket's flags, see :mod:`fastddp.engine.marks`."""
+"""How many marks follow the flags of a bucket, see :mod:`fastddp.engine.marks`."""
 
 MiB = 1024 * 1024
 
@@ -32,9 +35,9 @@ class ParamSpec:
     """What the planner knows of a parameter."""
 
     numel: int
-    """Real elements: a complex parameter counts two for each of its own."""
+    """The number of real elements; a complex element counts as two."""
     dtype: torch.dtype
-    """Of one real element. Parameters share a bucket only when their dtypes are equal."""
+    """The dtype of a real element. Parameters share a bucket only if their dtypes are equal."""
 
     @classmethod
     def of(cls, param: torch.Tensor) -> ParamSpec:
@@ -55,15 +58,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The slots that one collective reduces."""
+    """The slots that one collective reduces, and the flags and marks behind them."""
 
     dtype: torch.dtype
     slots: tuple[Slot, ...]
     """In the order in which their gradients arrive."""
     flags_offset: int
-    """Where one element per slot, in slot order, says whether any rank had a gradient for it."""
+    """The offset of the flags: one element per slot says whether any rank had a gradient for it."""
     numel: int
-    """Of the slots, their padding, the flags and the marks that follow them."""
+    """The number of elements of slots, padding, flags and marks together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class BucketPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the gradients; as many go into collectives, unless they are cast for them."""
+        """The bytes of all buckets, which go into collectives unless gradients are cast."""
         return sum(bucket.numel * bucket.dtype.itemsize for bucket in self.buckets)
 
 
@@ -87,11 +90,11 @@ def plan_buckets(
     """Returns the buckets in the order in which they fill when gradients arrive in ``order``.
 
     Args:
-        params: the parameters, by index.
-        order: a permutation of their indices.
-        caps_bytes: the k-th bucket of a dtype is closed once it holds ``caps_bytes[k]`` bytes; the
-            last entry serves all further ones.
-        align_bytes: slots begin at multiples of this, or of an element.
+        params: the sizes and dtypes of the parameters, by index.
+        order: the parameters' indices in the order in which their gradients arrive.
+        caps_bytes: the sizes of buckets: the k-th bucket of a dtype is closed once it holds
+            ``caps_bytes[k]`` bytes, and the last entry serves all further buckets.
+        align_bytes: the multiple at which slots begin, if it is larger than an element.
 
     Raises:
         ValueError: if ``caps_bytes`` is empty or ``order`` is not a permutation.
@@ -119,7 +122,7 @@ def plan_buckets(
 
 @dataclass(slots=True)
 class _Filling:
-    """A bucket that still takes slots."""
+    """A bucket that is still open for slots."""
 
     dtype: torch.dtype
     align_bytes: int

@@ -1,9 +1,10 @@
 """When full buckets are launched: as they fill, or all at the end of backward.
 
-The former hides communication where a core is free for it; where every core computes it only adds
-switches between threads. The first rounds of a plan try both in turn, and in the round after them
-the ranks add up their best times: all have the same schedule in the same round, or collectives of
-another model, or of the user's, would come before a bucket on one rank and after it on another.
+To launch buckets as they fill hides communication where a core is free for it; where every core
+computes, it only adds switches between threads. The first rounds of a plan try both in turn, and in
+the next round the ranks add up their best times. So all ranks have the same schedule in the same
+round: otherwise a collective of another model, or of the user's, would come before a bucket on one
+rank and after it on another.
 ``csrc/core/schedule.h`` is the same in C++.
 """
 
@@ -15,7 +16,7 @@ _TRIALS = 10
 
 
 class Schedule:
-    """The choice for one plan."""
+    """The schedule of one plan: tried first, then decided by all ranks."""
 
     def __init__(self) -> None:
         self._begun = 0
@@ -30,7 +31,7 @@ class Schedule:
         return nth % 2 == 1 if nth < _TRIALS else self._early
 
     def add(self, was_early: bool, round_us: float) -> None:
-        """Takes note of how long a round took that ended well."""
+        """Takes note of the time that a round took, if it ended well."""
         if was_early:
             self.early_us = min(self.early_us, round_us)
         else:
@@ -38,9 +39,13 @@ class Schedule:
 
     @property
     def is_due(self) -> bool:
-        """Whether the round under way is the one in which the ranks add up their best times."""
+        """Whether the ranks add up their best times in the round that is under way."""
         return self._begun == _TRIALS + 1
 
     def decide(self, sum_early_us: float, sum_late_us: float) -> None:
-        """Keeps what took all ranks together less time."""
+        """Chooses the schedule that took the ranks less time in total.
+
+        Args:
+            sum_early_us: the best times of rounds that launched buckets as they filled, added up.
+            sum_late_us: the best times of the other rounds, added up over the ranks."""
         self._early = sum_early_us < sum_late_us
