@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <sstream>
 
 #include "shm/label.h"
@@ -101,6 +102,14 @@ std::string text_of_sizes(const std::vector<at::Tensor>& tensors) {
   if (tensors.size() == 1) return "of " + size(tensors.front());
   std::string text = "of " + std::to_string(tensors.size()) + " tensors";
   for (const at::Tensor& tensor : tensors) text += ", " + size(tensor);
+  return text;
+}
+
+std::string names_of_dtypes(const std::vector<at::Tensor>& tensors) {
+  std::set<std::string> names;
+  for (const at::Tensor& tensor : tensors) names.insert(name_of(tensor.scalar_type()));
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
   return text;
 }
 

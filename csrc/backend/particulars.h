@@ -40,6 +40,9 @@ std::string name_of(const c10d::ReduceOp& op);
 // "of a sparse tensor of shape [4, 3] and float32".
 std::string text_of_sizes(const std::vector<at::Tensor>& tensors);
 
+// The dtypes of some tensors, each once and in order, such as "float32, int64".
+std::string names_of_dtypes(const std::vector<at::Tensor>& tensors);
+
 // What the first two ranks that do not agree called; empty if all agree. `all` by rank.
 std::string difference_between(const std::vector<Particulars>& all);
 

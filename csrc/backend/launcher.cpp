@@ -1,0 +1,154 @@
+#include <Python.h>  // first, says its manual
+
+#include "backend/launcher.h"
+
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <exception>
+#include <optional>
+#include <utility>
+
+#include "backend/deadline.h"
+#include "backend/errors.h"
+#include "backend/plain.h"
+#include "shm/error.h"
+#include "shm/label.h"
+#include "tensor/error_text.h"
+
+namespace fastddp {
+
+Launcher::Launcher(
+    int rank, int size, Connections& connections, shm::Group& group, shm::Collectives& collectives)
+    : rank_(rank),
+      size_(size),
+      connections_(connections),
+      group_(group),
+      collectives_(collectives) {}
+
+// ---- a collective ----------------------------------------------------------------------
+
+c10::intrusive_ptr<c10d::Work> Launcher::start(Launch launch, Body body) {
+  check_usable();
+  count_.fetch_add(1, std::memory_order_relaxed);
+  const auto timeout =
+      launch.timeout == c10d::kUnsetTimeout ? connections_.timeout() : launch.timeout;
+  // Inference tensors may be written to in inference mode only, which is a thread's own.
+  const bool inference =
+      c10::InferenceMode::is_enabled() ||
+      std::any_of(launch.results.begin(), launch.results.end(), [](const at::Tensor& tensor) {
+        return tensor.defined() && tensor.is_inference();
+      });
+  Turns::Body turn = [this, timeout, inference, label = shm::Label::current(),
+                      body = std::move(body)] {
+    std::optional<c10::InferenceMode> inference_mode;
+    if (inference) inference_mode.emplace();
+    const c10::NoGradGuard no_grad;
+    const shm::Label whose(label);
+    run(body, timeout);
+  };
+  auto work =
+      c10::make_intrusive<TurnWork>(launch.type, launch.title, std::move(launch.results), turns_);
+  if (launch.async) {
+    work->submit(std::move(turn));
+  } else {
+    work->run(turn);
+  }
+  return work;
+}
+
+void Launcher::run(const Body& body, std::chrono::milliseconds timeout) {
+  try {
+    body(deadline_in(timeout));
+  } catch (const RefusedByAll& refused) {
+    std::rethrow_exception(refused.error);
+  } catch (const shm::Error& error) {
+    if (spans_hosts()) tell_other_hosts();
+    TORCH_CHECK_WITH(DistBackendError, false, error.what());
+  } catch (const std::exception& error) {
+    // This rank may not have begun what the others are in.
+    group_.abort("rank " + std::to_string(rank_) + " failed: " + text_of(error));
+    if (spans_hosts()) tell_other_hosts();
+    throw;
+  }
+}
+
+// The other hosts would wait for this rank's part: they learn of it by the closed connections.
+void Launcher::tell_other_hosts() {
+  connections_.close();
+  auto lane = connections_.take_lane();
+  // Within a turn, and a lane that is dropped waits for what is under way there.
+  if (lane) turns_->enqueue([lane = std::move(lane)]() mutable { lane.reset(); }, {});
+}
+
+// ---- a call that does not happen -------------------------------------------------------
+
+void Launcher::announce(shm::Kind kind) {
+  check_usable();
+  count_.fetch_add(1, std::memory_order_relaxed);
+  const auto body = [this, kind, label = shm::Label::current()] {
+    const shm::Label whose(label);
+    collectives_.announce(kind, 0, deadline_in(connections_.timeout()));
+  };
+  if (!turns_->idle()) {
+    turns_->submit(body, {});
+    return;
+  }
+  as_torch_error([&] { turns_->run(body); });
+}
+
+void Launcher::refuse(const std::string& why) {
+  try {
+    announce(shm::Kind::kRefused);
+  } catch (const c10::Error&) {  // the group is broken, which the next collective will say
+  }
+  TORCH_CHECK_VALUE(false, "fastddp: rank ", rank_, ": ", why);
+}
+
+void Launcher::refuse_overlaps(const char* title, const std::vector<at::Tensor>& written) {
+  for (const at::Tensor& tensor : written) {
+    if (!overlaps_itself(tensor)) continue;
+    refuse(c10::str(title, ": a tensor of shape ", tensor.sizes(), " and strides ",
+                    tensor.strides(),
+                    ", into which it would write, has elements that overlap, in "
+                    "the same memory (it was expanded, or made by as_strided); pass a clone()"));
+  }
+}
+
+// ---- life ------------------------------------------------------------------------------
+
+void Launcher::check_usable() const {
+  TORCH_CHECK_WITH(DistBackendError, !fork_check_.is_forked(), "fastddp: rank ", rank_,
+                   ": this process was forked from the one that made the process group, and cannot "
+                   "use it; call init_process_group() here, or start the process by spawn");
+  TORCH_CHECK_WITH(DistBackendError, !has_left_, "fastddp: rank ", rank_,
+                   ": the process group was destroyed; make another one");
+}
+
+bool Launcher::is_idle() const {
+  // First, since another thread may have held a lock at the fork.
+  return fork_check_.is_forked() || turns_->idle();
+}
+
+void Launcher::leave(std::chrono::milliseconds patience) {
+  has_left_ = true;
+  // What is under way ends well if the other ranks come to it.
+  const bool ended = turns_->wait_until_idle(patience);
+  // Of a process that is ending the others wait for the end: it says more.
+  if (Py_IsInitialized()) group_.leave();
+  if (!ended)
+    group_.abort("rank " + std::to_string(rank_) +
+                 " has left the group with collectives under way");
+  if (!turns_->stop(patience)) {
+    TORCH_WARN("fastddp: rank ", rank_,
+               ": what was chained to the future of a collective has "
+               "not ended; its thread is left to it, and the group is destroyed without");
+  }
+  turns_->sweep();
+}
+
+void Launcher::leak() { static_cast<void>(new std::shared_ptr<Turns>(std::move(turns_))); }
+
+}  // namespace fastddp
