@@ -8,11 +8,11 @@
 #include <cstddef>
 #include <exception>
 
-#include "backend/deadline.h"
 #include "backend/errors.h"
 #include "backend/handed_work.h"
 #include "backend/lane.h"
 #include "backend/refusals.h"
+#include "core/deadline.h"
 #include "shm/label.h"
 #include "tensor/error_text.h"
 

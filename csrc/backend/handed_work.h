@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "backend/deadline.h"
+#include "core/deadline.h"
 #include "shm/error.h"
 #include "shm/group.h"
 #include "tensor/error_text.h"

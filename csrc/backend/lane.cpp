@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "backend/deadline.h"
+#include "core/deadline.h"
 #include "tensor/error_text.h"
 
 namespace fastddp {

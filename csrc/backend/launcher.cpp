@@ -11,9 +11,10 @@
 #include <optional>
 #include <utility>
 
-#include "backend/deadline.h"
 #include "backend/errors.h"
 #include "backend/plain.h"
+#include "backend/turn_work.h"
+#include "core/deadline.h"
 #include "shm/error.h"
 #include "shm/label.h"
 #include "tensor/error_text.h"
@@ -80,7 +81,7 @@ void Launcher::tell_other_hosts() {
   connections_.close();
   auto lane = connections_.take_lane();
   // Within a turn, and a lane that is dropped waits for what is under way there.
-  if (lane) turns_->enqueue([lane = std::move(lane)]() mutable { lane.reset(); }, {});
+  if (lane) turns_->enqueue([lane = std::move(lane)]() mutable { lane.reset(); });
 }
 
 // ---- a call that does not happen -------------------------------------------------------
@@ -93,7 +94,7 @@ void Launcher::announce(shm::Kind kind) {
     collectives_.announce(kind, 0, deadline_in(connections_.timeout()));
   };
   if (!turns_->idle()) {
-    turns_->submit(body, {});
+    turns_->submit(body);
     return;
   }
   as_torch_error([&] { turns_->run(body); });

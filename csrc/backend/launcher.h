@@ -14,7 +14,7 @@
 
 #include "backend/connections.h"
 #include "backend/fork_check.h"
-#include "backend/turns.h"
+#include "core/turns.h"
 #include "shm/collectives.h"
 #include "shm/group.h"
 

@@ -1,14 +1,9 @@
-#include "backend/turns.h"
-
-#include <ATen/core/ivalue_inl.h>
-#include <c10/core/GradMode.h>
-#include <c10/util/Exception.h>
+#include "core/turns.h"
 
 #include <algorithm>
+#include <exception>
 #include <system_error>
 #include <utility>
-
-#include "backend/deadline.h"
 
 namespace fastddp {
 namespace {
@@ -16,59 +11,6 @@ namespace {
 thread_local bool is_worker = false;
 
 }  // namespace
-
-// ---- Outcome ---------------------------------------------------------------------------
-
-bool Outcome::set(std::exception_ptr error) {
-  if (at_end_) at_end_();
-  const std::lock_guard lock(mutex_);
-  set_ = true;
-  error_ = std::move(error);
-  changed_.notify_all();
-  return static_cast<bool>(future_);
-}
-
-// Outside the lock: this calls what the user has chained to the future.
-void Outcome::complete() {
-  if (error_) {
-    future_->setError(error_);
-  } else {
-    future_->markCompleted(c10::IValue(results_));
-  }
-}
-
-bool Outcome::is_set() const {
-  const std::lock_guard lock(mutex_);
-  return set_;
-}
-
-std::exception_ptr Outcome::error() const {
-  const std::lock_guard lock(mutex_);
-  return error_;
-}
-
-bool Outcome::wait(std::chrono::milliseconds timeout) const {
-  std::unique_lock lock(mutex_);
-  if (timeout.count() > 0)
-    return changed_.wait_until(lock, deadline_in(timeout), [this] { return set_; });
-  changed_.wait(lock, [this] { return set_; });
-  return true;
-}
-
-c10::intrusive_ptr<c10::ivalue::Future> Outcome::future(const std::vector<at::Tensor>& results) {
-  {
-    const std::lock_guard lock(mutex_);
-    if (future_) return future_;
-    future_ =
-        c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
-    results_ = results;
-    if (!set_) return future_;
-  }
-  complete();
-  return future_;
-}
-
-// ---- Turns -----------------------------------------------------------------------------
 
 void Turns::run(const Body& body) {
   sweep();  // before the turn is taken: it may run a destructor that takes one
@@ -92,15 +34,15 @@ void Turns::end_turn() {
   changed_.notify_all();
 }
 
-void Turns::submit(Body body, std::vector<at::Tensor> results, std::shared_ptr<Outcome> outcome) {
+void Turns::submit(Body body, std::shared_ptr<Outcome> outcome) {
   sweep();
-  enqueue(std::move(body), std::move(results), std::move(outcome));
+  enqueue(std::move(body), std::move(outcome));
 }
 
-void Turns::enqueue(Body body, std::vector<at::Tensor> results, std::shared_ptr<Outcome> outcome) {
+void Turns::enqueue(Body body, std::shared_ptr<Outcome> outcome) {
   const std::lock_guard lock(mutex_);
   ensure_a_free_thread();  // first: it may throw
-  queue_.push_back({next_, std::move(body), std::move(results), std::move(outcome)});
+  queue_.push_back({next_, std::move(body), std::move(outcome)});
   ++next_;
   changed_.notify_all();
 }
@@ -130,7 +72,6 @@ void Turns::sweep() {
 
 void Turns::work() {
   is_worker = true;
-  const c10::NoGradGuard no_grad;
   std::unique_lock lock(mutex_);
   while (true) {
     changed_.wait(lock,
@@ -156,20 +97,20 @@ void Turns::work() {
     ++now_;
     changed_.notify_all();
     lock.unlock();
-    const bool has_future = outcome->set(error);
+    const bool has_listener = outcome->set(error);
     lock.lock();
-    if (has_future) {
+    if (has_listener) {
       --free_threads_;
       try {
         if (!queue_.empty()) ensure_a_free_thread();
       } catch (const std::system_error&) {  // no more threads; what is queued waits for this one
       }
       lock.unlock();
-      outcome->complete();
+      outcome->tell();
       lock.lock();
       ++free_threads_;
     }
-    ended_.push_back({.outcome = std::move(outcome)});
+    ended_.push_back({job.turn, {}, std::move(outcome)});
   }
 }
 
@@ -196,36 +137,6 @@ bool Turns::stop(std::chrono::milliseconds patience) {
     }
   }
   return ended;
-}
-
-// ---- TurnWork --------------------------------------------------------------------------
-
-TurnWork::TurnWork(c10d::OpType type,
-                   const char* title,
-                   std::vector<at::Tensor> results,
-                   std::shared_ptr<Turns> turns)
-    : Work(-1, type, title, results), results_(std::move(results)), turns_(std::move(turns)) {
-  if (recordFunctionEndCallback_) outcome_->at_end(std::move(recordFunctionEndCallback_));
-}
-
-void TurnWork::run(const Turns::Body& body) {
-  try {
-    turns_->run(body);
-  } catch (...) {
-    outcome_->set(std::current_exception());
-    throw;
-  }
-  outcome_->set(nullptr);
-}
-
-void TurnWork::submit(Turns::Body body) { turns_->submit(std::move(body), results_, outcome_); }
-
-bool TurnWork::wait(std::chrono::milliseconds timeout) {
-  TORCH_CHECK_WITH(DistBackendError, outcome_->wait(timeout),
-                   "fastddp: timed out: a collective did not end within ", timeout.count(), " ms");
-  turns_->sweep();
-  if (const auto error = outcome_->error()) std::rethrow_exception(error);
-  return true;
 }
 
 }  // namespace fastddp
