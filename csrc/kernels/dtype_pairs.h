@@ -5,7 +5,7 @@
 #include <string>
 
 #include "core/dtype.h"
-#include "kernels/element.h"
+#include "kernels/arithmetic.h"
 
 namespace fastddp {
 

@@ -16,14 +16,14 @@ std::vector<FlattenLaunch> launches_of(const std::vector<Piece>& pieces,
     if (whole.numel < 0)
       throw std::invalid_argument("a piece has " + std::to_string(whole.numel) + " elements");
     auto* data = static_cast<char*>(whole.data);
-    for (std::int64_t begin = 0; begin < whole.numel; begin += kMaxSegmentNumel) {
-      if (launches.empty() || launches.back().segments.size() == kLargeTable) {
+    for (std::int64_t begin = 0; begin < whole.numel; begin += kMaxSpanNumel) {
+      if (launches.empty() || launches.back().spans.size() == kLargeTable) {
         launches.push_back({{}, 0});
-        launches.back().segments.reserve(std::min<std::size_t>(pieces.size(), kLargeTable));
+        launches.back().spans.reserve(std::min<std::size_t>(pieces.size(), kLargeTable));
       }
       FlattenLaunch& launch = launches.back();
-      const std::int64_t numel = std::min(whole.numel - begin, kMaxSegmentNumel);
-      launch.segments.push_back(
+      const std::int64_t numel = std::min(whole.numel - begin, kMaxSpanNumel);
+      launch.spans.push_back(
           {data, whole.offset + begin, static_cast<std::uint32_t>(numel), launch.num_blocks});
       launch.num_blocks += static_cast<std::uint32_t>((numel + chunk - 1) / chunk);
       if (data != nullptr) data += numel * static_cast<std::int64_t>(size_of(piece));

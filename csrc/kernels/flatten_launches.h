@@ -19,8 +19,8 @@ constexpr std::uint32_t chunk_numel(DType source) {
 }
 
 // A piece, or a part of a huge one, as a kernel sees it. Blocks [first_block, that of the next
-// segment) share its chunks.
-struct Segment {
+// span) share its chunks.
+struct PieceSpan {
   void* data;           // null: zeros
   std::int64_t offset;  // in the flat buffer's elements
   std::uint32_t numel;  // not 0
@@ -28,21 +28,21 @@ struct Segment {
 };
 
 // A multiple of every chunk, so that only the last part of a huge piece ends in a short chunk.
-inline constexpr std::int64_t kMaxSegmentNumel = std::int64_t{1} << 31;
+inline constexpr std::int64_t kMaxSpanNumel = std::int64_t{1} << 31;
 
-// Segments ride as a kernel argument. 4 KB is what every launch can carry for nothing; a launch may
+// Spans ride as a kernel argument. 4 KB is what every launch can carry for nothing; a launch may
 // carry 32,764 bytes since CUDA 12.1 (on 7.0 and later), but then its whole table is copied into
 // the launch. So there are two sizes of table. A kernel's other arguments need the rest.
 inline constexpr std::uint32_t kSmallTable = 168;
 inline constexpr std::uint32_t kLargeTable = 1360;
 
 struct FlattenLaunch {
-  std::vector<Segment> segments;  // 1 to kLargeTable
+  std::vector<PieceSpan> spans;  // 1 to kLargeTable
   std::uint32_t num_blocks;
 };
 
 // A grid may have 2^31 - 1 blocks: a table is full before.
-static_assert(kLargeTable * (kMaxSegmentNumel / chunk_numel(DType::kFloat64)) < 1LL << 31);
+static_assert(kLargeTable * (kMaxSpanNumel / chunk_numel(DType::kFloat64)) < 1LL << 31);
 
 // Throw std::invalid_argument for a piece of negative size, and a piece to be written that is null.
 std::vector<FlattenLaunch> flatten_launches(const FlatPass& pass, const std::vector<Piece>& pieces);

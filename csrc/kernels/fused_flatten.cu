@@ -14,14 +14,14 @@
 namespace fastddp {
 namespace {
 
-template <typename Compute, std::uint32_t kSegments>
+template <typename Compute, std::uint32_t kSpans>
 struct MoveArgs {
   void* flat;
   Compute scale;
   Moments* moments;  // one for each block
-  std::uint32_t num_segments;
+  std::uint32_t num_spans;
   bool to_flat;
-  Segment segments[kSegments];
+  PieceSpan spans[kSpans];
 };
 
 static_assert(sizeof(MoveArgs<double, kSmallTable>) <= 4096);
@@ -39,11 +39,11 @@ __device__ Moments add_threads(const Moments& value) {
 }
 
 // Four blocks of 64 registers a thread fill a multiprocessor's registers, and are enough threads.
-template <typename Src, typename Dst, bool kMoments, std::uint32_t kSegments>
+template <typename Src, typename Dst, bool kMoments, std::uint32_t kSpans>
 __global__ void __launch_bounds__(kBlockThreads, 4)
-    move_kernel(const MoveArgs<ComputeOf<Src>, kSegments> __grid_constant__ args) {
+    move_kernel(const MoveArgs<ComputeOf<Src>, kSpans> __grid_constant__ args) {
   const auto chunk =
-      find_chunk<Src, Dst>(args.segments, args.num_segments, blockIdx.x, args.flat, args.to_flat);
+      find_chunk<Src, Dst>(args.spans, args.num_spans, blockIdx.x, args.flat, args.to_flat);
   const auto share = move_chunk<kMoments>(chunk, threadIdx.x, args.scale);
   if constexpr (kMoments) {
     const Moments sum = add_threads(as_moments(share));
@@ -73,22 +73,22 @@ void launch(void* stream,
                            std::to_string(num_blocks) + " blocks): " + cudaGetErrorString(error));
 }
 
-template <std::uint32_t kSegments, typename Src, typename Dst>
+template <std::uint32_t kSpans, typename Src, typename Dst>
 void launch_move(const FlattenLaunch& move,
                  void* flat,
                  bool to_flat,
                  double scale,
                  void* stream,
                  Moments* moments) {
-  MoveArgs<ComputeOf<Src>, kSegments> args{};
+  MoveArgs<ComputeOf<Src>, kSpans> args{};
   args.flat = flat;
   args.scale = static_cast<ComputeOf<Src>>(scale);
   args.moments = moments;
-  args.num_segments = static_cast<std::uint32_t>(move.segments.size());
+  args.num_spans = static_cast<std::uint32_t>(move.spans.size());
   args.to_flat = to_flat;
-  std::copy(move.segments.begin(), move.segments.end(), args.segments);
-  auto* kernel = moments == nullptr ? &move_kernel<Src, Dst, false, kSegments>
-                                    : &move_kernel<Src, Dst, true, kSegments>;
+  std::copy(move.spans.begin(), move.spans.end(), args.spans);
+  auto* kernel = moments == nullptr ? &move_kernel<Src, Dst, false, kSpans>
+                                    : &move_kernel<Src, Dst, true, kSpans>;
   launch(stream, move.num_blocks, kernel, args);
 }
 
@@ -105,9 +105,8 @@ void move_all(const std::vector<FlattenLaunch>& launches,
     using Src = typename decltype(source)::Type;
     using Dst = typename decltype(target)::Type;
     for (const FlattenLaunch& move : launches) {
-      auto* launch_table = move.segments.size() <= kSmallTable
-                               ? &launch_move<kSmallTable, Src, Dst>
-                               : &launch_move<kLargeTable, Src, Dst>;
+      auto* launch_table = move.spans.size() <= kSmallTable ? &launch_move<kSmallTable, Src, Dst>
+                                                            : &launch_move<kLargeTable, Src, Dst>;
       launch_table(move, flat, to_flat, scale, stream, moments);
       if (moments != nullptr) moments += move.num_blocks;
     }

@@ -6,12 +6,12 @@
 // before its first store: on an H100, which by Little's law needs some 10 to 20 KB of reads in
 // flight per multiprocessor, a quarter of the threads that fit would do. A block moves one chunk of
 // 16 KB and ends; blocks that small spread 8 MB evenly over all multiprocessors, and their search
-// for a segment is hidden by the loads of the others.
+// for a span is hidden by the loads of the others.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/element.h"
+#include "kernels/arithmetic.h"
 #include "kernels/flatten_launches.h"
 
 namespace fastddp {
@@ -41,29 +41,29 @@ struct Chunk {
 
 // The chunk of `block`; `to_flat` is the direction.
 template <typename Src, typename Dst>
-FASTDDP_HOST_DEVICE Chunk<Src, Dst> find_chunk(const Segment* segments,
-                                               std::uint32_t num_segments,
+FASTDDP_HOST_DEVICE Chunk<Src, Dst> find_chunk(const PieceSpan* spans,
+                                               std::uint32_t num_spans,
                                                std::uint32_t block,
                                                void* flat,
                                                bool to_flat) {
   std::uint32_t low = 0;
-  std::uint32_t high = num_segments;
-  while (high - low > 1) {  // segments[low].first_block <= block < segments[high].first_block
+  std::uint32_t high = num_spans;
+  while (high - low > 1) {  // spans[low].first_block <= block < spans[high].first_block
     const std::uint32_t middle = (low + high) / 2;
-    if (segments[middle].first_block <= block) {
+    if (spans[middle].first_block <= block) {
       low = middle;
     } else {
       high = middle;
     }
   }
-  const Segment& segment = segments[low];
+  const PieceSpan& span = spans[low];
   constexpr std::uint32_t kChunk = kChunkBytes / sizeof(Src);
-  const std::uint32_t begin = (block - segment.first_block) * kChunk;
-  const std::uint32_t left = segment.numel - begin;
+  const std::uint32_t begin = (block - span.first_block) * kChunk;
+  const std::uint32_t left = span.numel - begin;
   const std::uint32_t numel = left < kChunk ? left : kChunk;
-  const std::int64_t place = segment.offset + begin;
-  const bool zeros = segment.data == nullptr;
-  void* piece = zeros ? flat : segment.data;
+  const std::int64_t place = span.offset + begin;
+  const bool zeros = span.data == nullptr;
+  void* piece = zeros ? flat : span.data;
   if (to_flat)
     return {static_cast<const Src*>(piece) + begin, static_cast<Dst*>(flat) + place, numel, zeros};
   return {static_cast<const Src*>(flat) + place, static_cast<Dst*>(piece) + begin, numel, zeros};
@@ -107,8 +107,8 @@ FASTDDP_HOST_DEVICE void move_packs(const Src* source,
     Out out;
     FASTDDP_UNROLL
     for (std::uint32_t i = 0; i < kNumel; ++i) {
-      out.values[i] = Element<Dst>::round(Element<Src>::widen(in[load].values[i]) * scale);
-      if constexpr (kMoments) share.add(Element<Dst>::widen(out.values[i]));
+      out.values[i] = Arithmetic<Dst>::round(Arithmetic<Src>::widen(in[load].values[i]) * scale);
+      if constexpr (kMoments) share.add(Arithmetic<Dst>::widen(out.values[i]));
     }
     reinterpret_cast<Out*>(target)[pack] = out;
   }

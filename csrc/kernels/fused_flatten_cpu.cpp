@@ -9,10 +9,9 @@ namespace {
 
 template <typename Src, typename Dst>
 void move(const FlattenLaunch& launch, void* flat, bool to_flat, ComputeOf<Src> scale) {
-  const auto num_segments = static_cast<std::uint32_t>(launch.segments.size());
+  const auto num_spans = static_cast<std::uint32_t>(launch.spans.size());
   for (std::uint32_t block = 0; block < launch.num_blocks; ++block) {
-    const auto chunk =
-        find_chunk<Src, Dst>(launch.segments.data(), num_segments, block, flat, to_flat);
+    const auto chunk = find_chunk<Src, Dst>(launch.spans.data(), num_spans, block, flat, to_flat);
     for (std::uint32_t thread = 0; thread < kBlockThreads; ++thread)
       move_chunk<false>(chunk, thread, scale);
   }
@@ -29,11 +28,10 @@ void move(const FlattenLaunch& launch,
           void* flat,
           ComputeOf<Src> scale,
           std::vector<Moments>& blocks) {
-  const auto num_segments = static_cast<std::uint32_t>(launch.segments.size());
+  const auto num_spans = static_cast<std::uint32_t>(launch.spans.size());
   Moments values[kBlockThreads];
   for (std::uint32_t block = 0; block < launch.num_blocks; ++block) {
-    const auto chunk =
-        find_chunk<Src, Dst>(launch.segments.data(), num_segments, block, flat, true);
+    const auto chunk = find_chunk<Src, Dst>(launch.spans.data(), num_spans, block, flat, true);
     for (std::uint32_t thread = 0; thread < kBlockThreads; ++thread)
       values[thread] = as_moments(move_chunk<true>(chunk, thread, scale));
     blocks.push_back(add_threads(values));

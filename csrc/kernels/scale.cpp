@@ -11,17 +11,17 @@ template <typename To, typename From>
 void copy(To* dst, const From* src, std::size_t numel, double scale) {
   const auto factor = static_cast<ComputeOf<From>>(scale);
   for (std::size_t i = 0; i < numel; ++i)
-    dst[i] = Element<To>::round(Element<From>::widen(src[i]) * factor);
+    dst[i] = Arithmetic<To>::round(Arithmetic<From>::widen(src[i]) * factor);
 }
 
 template <typename To, typename From>
 void add(To* dst, const From* src, std::size_t numel, double scale) {
   const auto factor = static_cast<ComputeOf<From>>(scale);
   for (std::size_t i = 0; i < numel; ++i) {
-    auto product = Element<From>::widen(src[i]) * factor;
+    auto product = Arithmetic<From>::widen(src[i]) * factor;
     if constexpr (std::is_same_v<To, From>)
-      product = Element<To>::widen(Element<To>::round(product));
-    dst[i] = Element<To>::round(Element<To>::widen(dst[i]) + product);
+      product = Arithmetic<To>::widen(Arithmetic<To>::round(product));
+    dst[i] = Arithmetic<To>::round(Arithmetic<To>::widen(dst[i]) + product);
   }
 }
 

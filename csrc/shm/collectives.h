@@ -8,6 +8,8 @@
 //
 // The order of summation is the order of the ranks, on every path, so all ranks and all runs get
 // the same bits.
+//
+// Each has a file in collectives/; chunks.h there holds what they have in common.
 #pragma once
 
 #include <cstddef>

@@ -3,96 +3,30 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cctype>
-#include <cstdio>
-#include <cstring>
-#include <thread>
 #include <utility>
 
-#include "shm/error.h"
-#include "shm/heap.h"
 #include "shm/label.h"
 
 namespace fastddp::shm {
 namespace {
 
-using std::chrono::milliseconds;
+using std::chrono::microseconds;
 using std::chrono::nanoseconds;
-using std::chrono::steady_clock;
 
 // How long to spin before sleeping: about what a wake-up costs, so waiting never takes more than
 // twice as long as the better choice would have. Next to nothing where ranks share cores: whoever
 // is waited for may need this one.
-constexpr nanoseconds kSpin = std::chrono::microseconds(30);
+constexpr nanoseconds kSpin = microseconds(30);
 
 // Once all have come to a collective, what is waited for takes microseconds. To sleep there would
 // be the start of a chain: whoever is woken comes late, and the next one sleeps over that.
-constexpr nanoseconds kSpinInTheMidst = std::chrono::microseconds(300);
-constexpr nanoseconds kSpinOnSharedCores = std::chrono::microseconds(1);
-
-// A sleeping rank looks this often whether what it waits for can still come.
-constexpr nanoseconds kLookAround = milliseconds(50);
+constexpr nanoseconds kSpinInTheMidst = microseconds(300);
+constexpr nanoseconds kSpinOnSharedCores = microseconds(1);
 
 std::size_t usable_cores() {
   cpu_set_t cores;
   if (::sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
   return static_cast<std::size_t>(CPU_COUNT(&cores));
-}
-
-const char* name_of(Element element) {
-  switch (element) {
-    case Element::kFloat32:
-      return "float32";
-    case Element::kFloat64:
-      return "float64";
-    case Element::kFloat16:
-      return "float16";
-    case Element::kBFloat16:
-      return "bfloat16";
-    case Element::kInt8:
-      return "int8";
-    case Element::kUInt8:
-      return "uint8";
-    case Element::kInt16:
-      return "int16";
-    case Element::kInt32:
-      return "int32";
-    case Element::kInt64:
-      return "int64";
-    case Element::kBool:
-      return "bool";
-  }
-  return "elements of an unknown type";
-}
-
-std::string printable(const TypeName& type) {
-  std::string text(type.data(), ::strnlen(type.data(), type.size()));
-  for (char& c : text) {
-    if (std::isprint(static_cast<unsigned char>(c)) == 0) c = '?';
-  }
-  return text;
-}
-
-const char* name_of(Reduction reduction) {
-  switch (reduction) {
-    case Reduction::kSum:
-      return "sum";
-    case Reduction::kAvg:
-      return "average";
-    case Reduction::kProduct:
-      return "product";
-    case Reduction::kMin:
-      return "minimum";
-    case Reduction::kMax:
-      return "maximum";
-    case Reduction::kBand:
-      return "bitwise and";
-    case Reduction::kBor:
-      return "bitwise or";
-    case Reduction::kBxor:
-      return "bitwise xor";
-  }
-  return "?";
 }
 
 }  // namespace
@@ -175,47 +109,7 @@ std::size_t Group::claim_slot() {
   return slot;
 }
 
-// ---- waiting, and what may come of it --------------------------------------------------
-
-void Group::wait_slowly(std::size_t index, Time time) {
-  Clock& clock = layout_.rank(index).clock;
-  while (!clock.reached(time)) {
-    const nanoseconds left = deadline_ - steady_clock::now();
-    clock.sleep(time, std::clamp(left, nanoseconds(0), kLookAround));
-    if (!clock.reached(time)) find_fault(index, time);
-  }
-}
-
-void Group::find_fault(std::size_t index, Time time) {
-  check_current();
-  for (std::size_t i = 0; i < size(); ++i) {
-    if (i == me_) continue;
-    const RankBlock& block = layout_.rank(i);
-    const Process& process = *members_[i].process;
-    const bool left = block.state.load(std::memory_order_acquire) == State::kLeft;
-    if (!left && !process.ended()) continue;
-    if (block.clock.reached(time)) continue;  // it had done its part before
-    // One that leaves is often about to end, and how it ends says more.
-    for (int i_look = 0; i_look < 20 && !process.ended(); ++i_look)
-      std::this_thread::sleep_for(milliseconds(10));
-    const std::string who = "rank " + std::to_string(members_[i].rank);
-    const char* when = block.clock.reached(first_) ? " in the midst of it" : " before it took part";
-    if (process.ended()) fail(who + " " + process.describe() + when);
-    fail(who + " has left the group" + when + "; it called destroy_process_group or is ending");
-  }
-  if (steady_clock::now() < deadline_) return;
-  std::string missing;
-  for (std::size_t i = 0; i < size(); ++i) {
-    const RankBlock& block = layout_.rank(i);
-    if (i == me_ || block.clock.reached(time)) continue;
-    missing += (missing.empty() ? "rank " : ", rank ") + std::to_string(members_[i].rank) + " " +
-               members_[i].process->describe();
-    missing +=
-        block.clock.reached(first_) ? " and has not finished its part" : " and has not called it";
-  }
-  if (layout_.rank(index).clock.reached(time)) return;
-  fail("timed out: " + missing);
-}
+// ---- what the ranks have announced, compared ----------------------------------------------
 
 void Group::compare_with(std::size_t index) {
   const RankBlock& block = layout_.rank(index);
@@ -259,123 +153,6 @@ void Group::check_operand(std::size_t index) {
        std::to_string(room) +
        " bytes: its shared memory was written over, by a bug or by another program; nothing was "
        "read or written there");
-}
-
-// What a peer that is stopped in the midst of the collective may still write to.
-void Group::retire_operand() const {
-  const std::uint64_t operand = operand_.load(std::memory_order_relaxed);
-  if (operand != Call::kElsewhere) Heap::mine().retire(operand);
-}
-
-std::string Group::describe_difference(const std::string& one,
-                                       const Call& its_call,
-                                       const std::string& other,
-                                       const Call& others_call) const {
-  const bool differ_in_label = its_call.label != others_call.label;
-  const auto part = [&](const std::string& who, const Call& call) {
-    std::string text = who + " called " + describe(call);
-    if (differ_in_label && call.label == 0) text += ", for " + describe_label(0);
-    return text;
-  };
-  std::string text = part(one, its_call) + ", " + part(other, others_call);
-  const std::uint32_t owner = Label::owner_of(its_call.label);
-  const std::uint32_t others_owner = Label::owner_of(others_call.label);
-  if (owner != others_owner && owner != 0 && others_owner != 0) {
-    text +=
-        "; the losses of several wrapped models must be built and run in the same order on all "
-        "ranks";
-  }
-  return text;
-}
-
-std::string Group::describe(const Call& call) const {
-  std::string text = name_of(call.kind);
-  const bool has_root = call.kind == Kind::kBroadcast || call.kind == Kind::kReduce ||
-                        call.kind == Kind::kGather || call.kind == Kind::kScatter;
-  if (has_root) text += " with root " + std::to_string(call.root);
-  if (call.kind != Kind::kBarrier && call.kind <= Kind::kBroadcast && !call.elsewhere) {
-    text += " of " + std::to_string(call.numel) + " " + name_of(call.element);
-    if (call.type != TypeName{}) text += " in " + printable(call.type);
-    if (call.kind == Kind::kAllReduce || call.kind == Kind::kReduceScatter)
-      text += std::string(", ") + name_of(call.reduction);
-  }
-  if (call.elsewhere && call.kind <= Kind::kBroadcast) text += ", handed to another backend";
-  if (call.label != 0) text += ", for " + describe_label(call.label);
-  return text;
-}
-
-std::string Group::describe_current() const {
-  return "collective " + std::to_string(count()) + " (" + describe(calls_[me_]) + ")";
-}
-
-// ---- faults ----------------------------------------------------------------------------
-
-bool Group::is_broken() const {
-  return layout_.header().verdict.is.load(std::memory_order_acquire) != Verdict::Is::kNone;
-}
-
-void Group::check() const {
-  if (is_broken()) throw_verdict("the group");
-}
-
-void Group::check_current() const {
-  if (is_broken()) throw_verdict(describe_current());
-}
-
-void Group::check_ended() {
-  check();
-  std::string killed;
-  std::string others;
-  for (std::size_t i = 0; i < size(); ++i) {
-    const Process& process = *members_[i].process;
-    if (i == me_ || !process.ended()) continue;
-    std::string& list = process.was_killed() ? killed : others;
-    list += (list.empty() ? "rank " : ", rank ") + std::to_string(members_[i].rank) + " " +
-            process.describe();
-  }
-  if (killed.empty() && others.empty()) return;
-  // Who was killed is often the reason why others have ended.
-  abort(killed + (killed.empty() || others.empty() ? "" : ", ") + others);
-  check();
-}
-
-void Group::abort(const std::string& why) {
-  retire_operand();
-  write_verdict(why);
-}
-
-void Group::leave() {
-  layout_.rank(me_).state.store(State::kLeft, std::memory_order_release);
-  layout_.rank(me_).clock.wake();
-}
-
-void Group::fail(const std::string& why) {
-  write_verdict(why);
-  throw_verdict(describe_current());
-}
-
-void Group::write_verdict(const std::string& why) {
-  Verdict& verdict = layout_.header().verdict;
-  auto expected = Verdict::Is::kNone;
-  if (verdict.is.compare_exchange_strong(expected, Verdict::Is::kBeingWritten)) {
-    std::snprintf(verdict.text.data(), verdict.text.size(), "%s", why.c_str());
-    verdict.is.store(Verdict::Is::kWritten, std::memory_order_release);
-  }
-  for (std::size_t i = 0; i < size(); ++i) layout_.rank(i).clock.wake();
-}
-
-void Group::throw_verdict(const std::string& what) const {
-  const Verdict& verdict = layout_.header().verdict;
-  // Whoever writes it may have died over it.
-  for (int i = 0; i < 100 && verdict.is.load(std::memory_order_acquire) != Verdict::Is::kWritten;
-       ++i) {
-    std::this_thread::sleep_for(milliseconds(1));
-  }
-  const bool written = verdict.is.load(std::memory_order_acquire) == Verdict::Is::kWritten;
-  const std::string text(verdict.text.data(), ::strnlen(verdict.text.data(), verdict.text.size()));
-  retire_operand();
-  throw Error("fastddp: rank " + std::to_string(rank(me_)) + ": " + what +
-              " failed: " + (written ? text : "another rank broke the group"));
 }
 
 }  // namespace fastddp::shm

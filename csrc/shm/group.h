@@ -68,7 +68,9 @@ class Group {
   bool all_direct() const;
 
   // Throws the verdict, if there is one, as what has ended the current collective.
-  void check_current() const;
+  void check_current() const {
+    if (is_broken()) throw_verdict(describe_current());
+  }
 
   // The next slot, once nobody reads it any more; the same one on every rank. It may be read up to
   // the end of step kLag + 1 after the one that is now under way.
@@ -85,7 +87,9 @@ class Group {
 
   // Throws the verdict if there is one.
   void check() const;
-  bool is_broken() const;
+  bool is_broken() const {
+    return layout_.header().verdict.is.load(std::memory_order_acquire) != Verdict::Is::kNone;
+  }
 
   // For what failed outside of this group: throws the verdict, which it writes if a rank has ended.
   void check_ended();

@@ -25,36 +25,6 @@ void unpack(std::uint64_t what, Call& call) {
 
 }  // namespace
 
-const char* name_of(Kind kind) {
-  switch (kind) {
-    case Kind::kBarrier:
-      return "barrier";
-    case Kind::kAllReduce:
-      return "all_reduce";
-    case Kind::kReduceScatter:
-      return "reduce_scatter";
-    case Kind::kAllGather:
-      return "all_gather";
-    case Kind::kBroadcast:
-      return "broadcast";
-    case Kind::kReduce:
-      return "reduce";
-    case Kind::kGather:
-      return "gather";
-    case Kind::kScatter:
-      return "scatter";
-    case Kind::kAllToAll:
-      return "all_to_all";
-    case Kind::kMonitoredBarrier:
-      return "monitored_barrier";
-    case Kind::kRefused:
-      return "a collective with wrong arguments, for which it raised an error";
-    case Kind::kUnknown:
-      break;
-  }
-  return "another collective";
-}
-
 void PublishedCall::write(Time number, const Call& call) {
   const std::uint64_t doubled = number * 2;
   // The stores of the parts are releases: whoever reads a part of this call sees the odd number.

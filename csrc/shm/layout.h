@@ -33,7 +33,7 @@ enum class Kind : std::uint8_t {
   kUnknown,
 };
 
-// Of a kind that came from another rank, too.
+// The kind may have come from another rank, and be none of these. In names.cpp.
 const char* name_of(Kind kind);
 
 // What crosses hosts goes in pieces of so many bytes, so that one is on the wire while the next is

@@ -13,7 +13,7 @@ using fastddp::FlatPass;
 using fastddp::flatten_launches;
 using fastddp::FlattenLaunch;
 using fastddp::kLargeTable;
-using fastddp::kMaxSegmentNumel;
+using fastddp::kMaxSpanNumel;
 using fastddp::Piece;
 using fastddp::unflatten_launches;
 
@@ -26,7 +26,7 @@ void* address(std::uint64_t value) { return reinterpret_cast<void*>(value); }
 
 std::uint64_t number(const void* data) { return reinterpret_cast<std::uint64_t>(data); }
 
-// Walks pieces and segments side by side: each element is in exactly one segment, in order.
+// Walks pieces and spans side by side: each element is in exactly one span, in order.
 void check_cover(const std::vector<Piece>& pieces,
                  DType piece,
                  DType source,
@@ -34,23 +34,23 @@ void check_cover(const std::vector<Piece>& pieces,
   std::size_t at = 0;      // the piece that is being covered,
   std::int64_t moved = 0;  // and how much of it is
   for (const FlattenLaunch& launch : launches) {
-    CHECK(!launch.segments.empty() && launch.segments.size() <= kLargeTable);
+    CHECK(!launch.spans.empty() && launch.spans.size() <= kLargeTable);
     std::uint64_t block = 0;
-    for (const auto& segment : launch.segments) {
+    for (const auto& span : launch.spans) {
       while (moved == pieces.at(at).numel) ++at, moved = 0;
       const Piece& whole = pieces[at];
-      CHECK(segment.numel > 0 && moved + segment.numel <= whole.numel);
-      CHECK(segment.offset == whole.offset + moved);
+      CHECK(span.numel > 0 && moved + span.numel <= whole.numel);
+      CHECK(span.offset == whole.offset + moved);
       if (whole.data == nullptr) {
-        CHECK(segment.data == nullptr);
+        CHECK(span.data == nullptr);
       } else {
         const auto bytes = static_cast<std::uint64_t>(moved) * size_of(piece);
-        CHECK(number(segment.data) == number(whole.data) + bytes);
+        CHECK(number(span.data) == number(whole.data) + bytes);
       }
-      CHECK(segment.first_block == block);
+      CHECK(span.first_block == block);
       const std::uint64_t chunk = chunk_numel(source);
-      block += (segment.numel + chunk - 1) / chunk;
-      moved += segment.numel;
+      block += (span.numel + chunk - 1) / chunk;
+      moved += span.numel;
     }
     CHECK(block == launch.num_blocks);
     CHECK(block < std::uint64_t{1} << 31);  // the limit of a grid
@@ -94,8 +94,7 @@ TEST(every_element_is_moved_once) {
 }
 
 TEST(a_null_piece_stays_null_in_all_its_parts) {
-  const std::vector<Piece> pieces{{nullptr, 0, 3 * kMaxSegmentNumel},
-                                  {nullptr, 3 * kMaxSegmentNumel, 1}};
+  const std::vector<Piece> pieces{{nullptr, 0, 3 * kMaxSpanNumel}, {nullptr, 3 * kMaxSpanNumel, 1}};
   check_cover(pieces, DType::kFloat32, DType::kFloat32, flatten_launches(kFloats, pieces));
 }
 
@@ -115,17 +114,17 @@ TEST(tiny_tensors_share_a_launch_as_far_as_a_table_goes) {
 TEST(tensors_of_more_than_32_bits_are_split) {
   const std::int64_t big = (std::int64_t{1} << 33) + 12345;
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kFloat16}) {
-    check_cover(in_a_row({3, big, 5, kMaxSegmentNumel, kMaxSegmentNumel + 1, 1}), dtype, dtype);
+    check_cover(in_a_row({3, big, 5, kMaxSpanNumel, kMaxSpanNumel + 1, 1}), dtype, dtype);
     // As many blocks as a grid can have, and more: 32 TiB of float64.
     check_cover(in_a_row({std::int64_t{1} << 42}), dtype, dtype);
   }
 }
 
 TEST(parts_of_a_split_tensor_begin_with_a_chunk) {
-  const auto launches = flatten_launches(kFloats, in_a_row({3 * kMaxSegmentNumel + 1}));
-  CHECK(launches.size() == 1 && launches[0].segments.size() == 4);
+  const auto launches = flatten_launches(kFloats, in_a_row({3 * kMaxSpanNumel + 1}));
+  CHECK(launches.size() == 1 && launches[0].spans.size() == 4);
   for (std::size_t part = 0; part < 3; ++part)
-    CHECK(launches[0].segments[part].numel % chunk_numel(DType::kBFloat16) == 0);
+    CHECK(launches[0].spans[part].numel % chunk_numel(DType::kBFloat16) == 0);
 }
 
 TEST(a_negative_size_is_refused) {

@@ -213,7 +213,11 @@ def test_a_wrong_include_is_found(tmp_path: Path, folder: str, line: str) -> Non
 
 @pytest.mark.parametrize("build_file", ["setup.py", "CMakeLists.txt"])
 def test_both_builds_compile_every_source(build_file: str) -> None:
-    patterns = re.findall(r"csrc/[\w*/]+\.cpp", (ROOT / build_file).read_text())
+    text = (ROOT / build_file).read_text()
+    patterns = re.findall(r"csrc/[\w*/]+\.cpp", text)
+    if build_file == "CMakeLists.txt":
+        assert re.findall(r"file\(GLOB (\w+)[^)]*csrc/[^)]*\.cpp", text) == []
+        patterns = [pattern.replace("*.cpp", "**/*.cpp") for pattern in patterns]  # GLOB_RECURSE
     compiled = {path for pattern in patterns for path in ROOT.glob(pattern)}
     assert compiled == set((ROOT / "csrc").rglob("*.cpp"))
     assert compiled

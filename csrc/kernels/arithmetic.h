@@ -19,7 +19,7 @@
 namespace fastddp {
 
 template <typename T>
-struct Element {
+struct Arithmetic {
   using Compute = T;
   static FASTDDP_HOST_DEVICE T widen(T value) { return value; }
   static FASTDDP_HOST_DEVICE T round(T value) { return value; }
@@ -32,14 +32,14 @@ using KernelBFloat16 = __nv_bfloat16;
 
 // By name: torch builds with the toolkit's implicit conversions switched off.
 template <>
-struct Element<__half> {
+struct Arithmetic<__half> {
   using Compute = float;
   static FASTDDP_HOST_DEVICE float widen(__half value) { return __half2float(value); }
   static FASTDDP_HOST_DEVICE __half round(float value) { return __float2half_rn(value); }
 };
 
 template <>
-struct Element<__nv_bfloat16> {
+struct Arithmetic<__nv_bfloat16> {
   using Compute = float;
   static FASTDDP_HOST_DEVICE float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
   static FASTDDP_HOST_DEVICE __nv_bfloat16 round(float value) { return __float2bfloat16_rn(value); }
@@ -51,14 +51,14 @@ using KernelFloat16 = Float16;
 using KernelBFloat16 = BFloat16;
 
 template <>
-struct Element<Float16> {
+struct Arithmetic<Float16> {
   using Compute = float;
   static float widen(Float16 value) { return to_float(value); }
   static Float16 round(float value) { return to_float16(value); }
 };
 
 template <>
-struct Element<BFloat16> {
+struct Arithmetic<BFloat16> {
   using Compute = float;
   static float widen(BFloat16 value) { return to_float(value); }
   static BFloat16 round(float value) { return to_bfloat16(value); }
@@ -67,6 +67,6 @@ struct Element<BFloat16> {
 #endif
 
 template <typename T>
-using ComputeOf = typename Element<T>::Compute;
+using ComputeOf = typename Arithmetic<T>::Compute;
 
 }  // namespace fastddp

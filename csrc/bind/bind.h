@@ -1,0 +1,12 @@
+// The parts of the Python module `fastddp._C`, each in a file of that name.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastddp {
+
+void bind_kernels(pybind11::module_& m);
+void bind_reducer(pybind11::module_& m);
+void bind_shm(pybind11::module_& m);
+
+}  // namespace fastddp
