@@ -24,8 +24,8 @@ CXX_FILES := $(shell find csrc tests/cpp tests/streams benchmarks -type f)
 CMAKE := $(or $(shell command -v cmake),$(abspath $(BIN))/cmake)
 CTEST := $(dir $(CMAKE))ctest
 
-.PHONY: help demo test test-all test-clients build lint format cpp-test san bench bench-allreduce bench-hosts clean
-.PHONY: build-cuda cuda-check test-gpu bench-gpu
+.PHONY: help demo test test-all test-clients build lint format cpp-test san san-ext bench bench-allreduce bench-hosts
+.PHONY: clean build-cuda cuda-check test-gpu bench-gpu
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
@@ -72,6 +72,9 @@ cpp-test: | $(CMAKE)  ## test the torch-free C++ core
 san: | $(CMAKE)  ## the same under ASan + UBSan, then under TSan
 	$(call ctest,cpp-asan,address$(comma)undefined)
 	$(call ctest,cpp-tsan,thread)
+
+san-ext: $(VENV)/.built | $(CMAKE)  ## test the C++ that knows torch, by Python tests under ASan + UBSan
+	CMAKE=$(CMAKE) JOBS=$(JOBS) .ci/san-ext $(BIN)/python $(TEST_ARGS)
 
 bench: $(VENV)/.built  ## measure against torch's DDP on this machine
 	$(BIN)/python -m benchmarks.step $(BENCH_ARGS)
