@@ -1,3 +1,5 @@
+"""The compiled extension, made by csrc/bind/. The headers in csrc/ have the details."""
+
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -6,9 +8,16 @@ from torch._C._distributed_c10d import Backend
 from torch.distributed import ProcessGroup
 
 class ParamSpec:
+    """A parameter as the planner sees it: real elements, and bytes of one of them.
+
+    Parameters share a bucket only when they are of the same `kind`.
+    """
+
     def __init__(self, numel: int, element_bytes: int, kind: int) -> None: ...
 
 class SlotPlan:
+    """The place of one gradient in its bucket; `offset` and `numel` count elements."""
+
     @property
     def param(self) -> int: ...
     @property
@@ -17,6 +26,8 @@ class SlotPlan:
     def numel(self) -> int: ...
 
 class BucketPlan:
+    """One bucket: slots in the order of arrival, a flag for each slot, then the marks."""
+
     @property
     def kind(self) -> int: ...
     @property
@@ -31,9 +42,15 @@ def plan_buckets(
     order: Sequence[int],
     caps_bytes: Sequence[int],
     align_bytes: int = 16,
-) -> list[BucketPlan]: ...
+) -> list[BucketPlan]:
+    """Returns the buckets in the order in which they fill when gradients arrive in `order`.
+
+    `order` is a permutation of the parameters. `caps_bytes` has the sizes at which the buckets of a
+    kind are closed; the last entry serves all further buckets. Raises ValueError otherwise.
+    """
 
 has_cuda: bool
+"""Whether the extension was built with kernels for GPUs."""
 
 def flatten(
     flat: Tensor,
@@ -41,16 +58,38 @@ def flatten(
     offsets: Sequence[int],
     scale: float,
     moments: Tensor | None,
-) -> None: ...
+) -> None:
+    """Writes `tensors`, multiplied by `scale`, to their `offsets` in the one-dimensional `flat`.
+
+    The tensors are contiguous, of one dtype and on the device of `flat`; offsets count elements.
+    `moments` gets two float64 elements: the sum of squares of what was written, and 1 if all of it
+    is finite, else 0. On a GPU this is one kernel on the current stream.
+    """
+
 def unflatten(
     flat: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int], scale: float
-) -> None: ...
-def scale_copy(dst: Tensor, src: Tensor, scale: float) -> None: ...
-def scale_add(dst: Tensor, src: Tensor, scale: float) -> None: ...
-def keep_memory(on: bool, patience_s: float = 30.0) -> bool: ...
-def release_memory() -> int: ...
+) -> None:
+    """Writes the parts of `flat` at `offsets`, multiplied by `scale`, to `tensors`."""
+
+def scale_copy(dst: Tensor, src: Tensor, scale: float) -> None:
+    """dst = src * scale, for contiguous CPU tensors of one shape. For tests."""
+
+def scale_add(dst: Tensor, src: Tensor, scale: float) -> None:
+    """dst += src * scale, for contiguous CPU tensors of one shape. For tests."""
+
+def keep_memory(on: bool, patience_s: float = 30.0) -> bool:
+    """Turns the cache of large CPU tensors' memory on or off for this process.
+
+    Memory that nobody asks for during `patience_s` seconds goes back to the system. Returns whether
+    the cache is in use now: it never replaces another library's allocator.
+    """
+
+def release_memory() -> int:
+    """Gives idle memory back to the system; returns the number of bytes. Thread-safe."""
 
 class KeptMemory:
+    """Bytes in the cache; `peak` is the most that was recently in use at once."""
+
     @property
     def in_use(self) -> int: ...
     @property
@@ -58,7 +97,8 @@ class KeptMemory:
     @property
     def peak(self) -> int: ...
 
-def kept_memory() -> KeptMemory: ...
+def kept_memory() -> KeptMemory:
+    """Returns what the cache holds now. Thread-safe."""
 
 class Stats:
     @property
@@ -137,23 +177,39 @@ class Reducer:
     def stats(self) -> Stats: ...
     def plan(self) -> list[BucketPlan]: ...
 
-class ShmError(RuntimeError): ...
+class ShmError(RuntimeError):
+    """Shared memory could not be set up, or a collective in it failed; the text says why."""
 
 class ShmAddress:
+    """What a process of the same user needs to open a shared memory segment."""
+
     def __init__(self, pid: int, fd: int, bytes: int, high: int, low: int) -> None: ...
     def parts(self) -> tuple[int, int, int, int, int]: ...
 
 class ShmSegment:
+    """A shared memory segment. It ends with the last process that has it open or mapped."""
+
     def __init__(self, *args: object, **kwargs: object) -> None: ...
     def address(self) -> ShmAddress: ...
 
-def shm_heap() -> ShmAddress: ...
-def shm_heap_used() -> int: ...
-def shm_control(ranks: int) -> ShmSegment: ...
-def set_label(label: int) -> int: ...
-def name_owner(owner: int, text: str) -> None: ...
+def shm_heap() -> ShmAddress:
+    """Returns the address of the heap of this process, which the other ranks of a host can map."""
+
+def shm_heap_used() -> int:
+    """Returns the bytes in use in this process's heap. For tests."""
+
+def shm_control(ranks: int) -> ShmSegment:
+    """Makes the segment through which `ranks` ranks of one host keep step."""
+
+def set_label(label: int) -> int:
+    """Labels what this thread launches from now on; returns the previous label. 0 is none."""
+
+def name_owner(owner: int, text: str) -> None:
+    """Sets how error messages name the owner of a label. Thread-safe."""
 
 class ShmBackend(Backend):
+    """The c10d backend `shm`. `ranks` are those of this host; `inner` carries all other traffic."""
+
     def __init__(
         self,
         rank: int,

@@ -1,4 +1,4 @@
-// The parts of the Python module `fastddp._C`, each in a file of that name.
+// The parts of the Python module `fastddp._C`. bind_<name>() is in <name>.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// The passes over elements: of many tensors at once, and the single ones for their tests.
+// The passes between tensors and flat buffers. Those of a single tensor are here for tests only.
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -14,7 +14,7 @@ namespace {
 
 using Kernel = void (*)(DType, void*, DType, const void*, std::size_t, double);
 
-// Makes a kernel callable on two contiguous CPU tensors, for its tests.
+// Makes a kernel callable on two contiguous CPU tensors.
 auto on_tensors(Kernel kernel) {
   return [kernel](const at::Tensor& dst, const at::Tensor& src, double scale) {
     TORCH_CHECK_VALUE(dst.is_cpu() && src.is_cpu() && dst.is_contiguous() && src.is_contiguous() &&
@@ -29,7 +29,8 @@ auto on_tensors(Kernel kernel) {
   };
 }
 
-// Contiguous tensors of one dtype on the flat buffer's device, each with its place in the buffer.
+// Pairs contiguous tensors with their places in the flat buffer. All have one dtype and lie on the
+// device of the buffer.
 std::vector<FlatPiece> pieces_of(const at::Tensor& flat,
                                  const std::vector<at::Tensor>& tensors,
                                  const std::vector<std::int64_t>& offsets) {

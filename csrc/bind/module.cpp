@@ -1,4 +1,5 @@
-// The Python module `fastddp._C`: convert, call, return. `fastddp/_C.pyi` is its stub.
+// The Python module `fastddp._C`. Functions here convert arguments, call and return; they hold no
+// logic. `fastddp/_C.pyi` is the stub of the module.
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 

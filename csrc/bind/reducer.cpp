@@ -1,4 +1,4 @@
-// The C++ engine, and the Python functions that it calls.
+// The C++ engine, and the Python callables that it calls back.
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -15,7 +15,7 @@ class PythonCallable {
  public:
   explicit PythonCallable(py::object callable)
       : callable_(new py::object(std::move(callable)), [](py::object* object) {
-          if (!Py_IsInitialized()) return;  // a reducer that outlives Python: nobody frees it
+          if (!Py_IsInitialized()) return;  // the reducer outlives Python: leak the callable
           const py::gil_scoped_acquire gil;
           delete object;
         }) {}

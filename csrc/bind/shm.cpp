@@ -1,4 +1,4 @@
-// The backend `shm`, and what ranks exchange to meet in shared memory.
+// The backend `shm`, and the addresses that ranks exchange to open each other's shared memory.
 #include <pybind11/chrono.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>

@@ -9,13 +9,13 @@ void* BlockCache::allocate(std::size_t bytes, Clock::time_point now) {
   decay(now);
   if (void* const block = take_idle(bytes)) return block;
   const std::size_t before = std::exchange(peak_, std::max(peak_, in_use_ + bytes));
-  evict_to(limit() - in_use_ - bytes);  // first, so that there is no moment of more
+  evict_to(limit() - in_use_ - bytes);  // first, so that the limit holds at every moment
   void* block = nullptr;
   try {
     block = allocate_(bytes);
   } catch (...) {
     peak_ = before;
-    if (trim() == 0) throw;  // what is kept here may be what is lacking
+    if (trim() == 0) throw;  // the memory kept here may be what is lacking
     block = allocate_(bytes);
     peak_ = std::max(peak_, in_use_ + bytes);
   }
@@ -48,8 +48,8 @@ std::size_t BlockCache::trim() {
   return bytes;
 }
 
-// The smallest that fits and, among equals, the last one freed, which is most likely still in the
-// processor's caches.
+// The smallest block that fits and, among equals, the one freed last, which is most likely still in
+// the processor's caches.
 void* BlockCache::take_idle(std::size_t bytes) {
   const auto fit = by_size_.lower_bound(bytes);
   if (fit == by_size_.end() || fit->first - bytes > bytes / 8) return nullptr;
@@ -60,7 +60,7 @@ void* BlockCache::take_idle(std::size_t bytes) {
   return block.data;
 }
 
-// Where a whole window went by without a call, nothing has changed in it.
+// If a whole window went by without a call, nothing changed in it.
 void BlockCache::begin_window(Clock::time_point now) {
   peak_before_ = now - window_begin_ < 2 * patience_ ? peak_ : in_use_;
   peak_ = in_use_;

@@ -4,21 +4,23 @@
 // back to the kernel, which hands out zeroed pages for the next: one page fault per page and step.
 //
 // Invariants, guarded by tests/cpp/block_cache_test.cpp:
-// * Never is more held, in use or idle, than limit(): a quarter beyond the most that was in use at
-//   once lately. This bounds what keeping memory costs, whatever sizes are asked for. Without the
-//   quarter, a small block asked for while large ones are idle would drive one of these out in
-//   every step. (Blocks are up to an eighth larger than what was asked for, and count in full.)
-// * Lately is the last one to two times the patience: a peak that does not come again is forgotten,
-//   and with it the room for idle blocks.
-// * A block that nobody has asked for during the patience is freed, at the next call that is told
+// * The cache never holds more, in use and idle together, than limit(): a quarter more than the
+//   most that was recently in use at once. This bounds the cost of keeping memory, whatever sizes
+//   are asked for. Without the quarter, a request for a small block while large ones are idle would
+//   evict one of them in every step. (A block may be up to an eighth larger than the request, and
+//   counts with its full size.)
+// * "Recently" means the last one to two patience periods: a peak that does not come again is
+//   forgotten, and with it the room for idle blocks.
+// * A block that nobody asks for during one patience period is freed at the next call that takes
 //   the time.
 //
-// The patience is time, neither bytes nor steps. Memory that is faulted in anew once in so long
-// costs next to nothing, however much it is; and what a job does after its peak may be large or
-// small, so neither of these would tell when the peak is over.
+// The patience is a time, not a number of bytes or steps. Page faults that come once in such a
+// period cost next to nothing, however much memory it is; and a job may allocate much or little
+// after its peak, so neither bytes nor steps would tell that the peak is over.
 //
-// Every call takes at most logarithmic time in the number of blocks, and that for each it frees.
-// Not synchronised: whoever owns a cache locks.
+// A call takes at most logarithmic time in the number of blocks, for itself and for each block that
+// it frees.
+// Not synchronized: the owner of a cache has to lock.
 #pragma once
 
 #include <algorithm>
@@ -39,13 +41,14 @@ class BlockCache {
   BlockCache(Allocate from, Free to, Clock::duration patience)
       : allocate_(from), free_(to), patience_(patience) {}
 
-  // A block of at least `bytes`, with whatever an earlier owner left in it.
+  // Returns a block of at least `bytes`, which holds whatever an earlier owner left in it.
   void* allocate(std::size_t bytes, Clock::time_point now);
-  // Takes back a block of allocate(); says no to any other, which is then the caller's to free.
+  // Takes back a block that allocate() returned. Returns false for any other block, which the
+  // caller then has to free.
   bool release(void* block, Clock::time_point now);
-  // Frees what has been idle for too long, and what is beyond the limit of a lower peak.
+  // Frees blocks that have been idle for too long, and those that exceed the limit of a lower peak.
   void decay(Clock::time_point now);
-  // Frees every idle block; returns their bytes.
+  // Frees every idle block; returns the number of bytes.
   std::size_t trim();
 
   std::size_t in_use() const { return in_use_; }
@@ -74,9 +77,9 @@ class BlockCache {
   const Allocate allocate_;
   const Free free_;
   Clock::duration patience_;
-  std::unordered_map<void*, std::size_t> blocks_;  // in use, with their sizes
+  std::unordered_map<void*, std::size_t> blocks_;  // blocks in use, with their sizes
   Blocks idle_blocks_;                             // the longest idle first
-  Sizes by_size_;                                  // these, and among equals in the same order
+  Sizes by_size_;                                  // the idle blocks; equal sizes in the same order
   std::size_t in_use_ = 0, idle_ = 0;              // bytes
   // The most that was in use in the current window of time, and in the one before.
   std::size_t peak_ = 0, peak_before_ = 0;

@@ -21,7 +21,7 @@ constexpr std::size_t size_of(DType dtype) {
   return 0;
 }
 
-// Whether there is a conversion: float64 only goes to float64.
+// Whether gradients of one type can be converted to the other: float64 goes to float64 only.
 constexpr bool converts(DType from, DType to) {
   return from == to || (from != DType::kFloat64 && to != DType::kFloat64);
 }

@@ -1,5 +1,5 @@
 // bfloat16 and float16 as bit patterns, converted by round-to-nearest-even exactly as torch
-// converts them: the two engines give the same bits only because these do. Guarded by
+// does it: the two engines give the same bits only because these functions do. Guarded by
 // tests/cpp/kernels_test.cpp and tests/unit/test_kernels.py.
 #pragma once
 
@@ -22,7 +22,7 @@ inline float to_float(BFloat16 value) {
 
 inline BFloat16 to_bfloat16(float value) {
   if (value != value)
-    return {0x7FC0};  // torch's one NaN; rounding could turn a NaN's payload into infinity
+    return {0x7FC0};  // the only NaN torch makes; rounding could turn another one into infinity
   const auto bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t rounding = 0x7FFFu + ((bits >> 16) & 1u);
   return {static_cast<std::uint16_t>((bits + rounding) >> 16)};

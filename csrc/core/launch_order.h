@@ -1,10 +1,11 @@
 // The order in which the models on one group launch their collectives.
 //
-// Rounds begin in the same order on every rank, with the outputs of the models' forwards; buckets
-// fill in an order that depends on which parameters a rank uses. So the buckets of a round wait
-// until every round that began before it, on the same group, has launched all of its own. A rank
-// that misses no gradient waits for nothing. `fastddp/engine/launch_order.py` is the same in
-// Python. (tests/parity/test_two_models.py)
+// Rounds begin in the same order on every rank, when backward reaches the outputs of the models'
+// forwards; buckets fill in an order that depends on which parameters a rank uses. So the buckets
+// of a round wait until every round that began before it on the same group has launched all its
+// buckets. Otherwise one rank's bucket of one model would be added to another rank's bucket of
+// another model. A rank that misses no gradient waits for nothing.
+// `fastddp/engine/launch_order.py` is the same class in Python. (tests/parity/test_two_models.py)
 #pragma once
 
 #include <algorithm>
@@ -19,13 +20,13 @@ namespace fastddp {
 // The rounds of one group that have collectives to launch, in the order in which they began.
 class LaunchOrder {
  public:
-  // A model on the group.
+  // Registers a model on the group.
   void introduce(std::uint32_t owner, const std::string& title) {
     const std::lock_guard lock(mutex_);
     titles_[owner] = title;
   }
 
-  // What the other models on the group are called.
+  // Returns the names of the other models on the group.
   std::string others(std::uint32_t owner) const {
     const std::lock_guard lock(mutex_);
     std::string text;
@@ -35,19 +36,19 @@ class LaunchOrder {
     return text;
   }
 
-  // A round begins; a reducer has one at a time.
+  // Adds a round that begins; a reducer has one round at a time.
   void begin(const void* reducer) {
     const std::lock_guard lock(mutex_);
     open_.push_back(reducer);
   }
 
-  // Whether all rounds that began before this one have launched what they have.
+  // Whether all rounds that began before this one have launched all their buckets.
   bool may_launch(const void* reducer) const {
     const std::lock_guard lock(mutex_);
     return open_.empty() || open_.front() == reducer;
   }
 
-  // A round has launched all that it has; once more does nothing.
+  // Removes a round that has launched all its buckets; a second call does nothing.
   void end(const void* reducer) {
     const std::lock_guard lock(mutex_);
     open_.erase(std::remove(open_.begin(), open_.end(), reducer), open_.end());

@@ -35,7 +35,7 @@ void check(const std::vector<ParamSpec>& params,
   }
 }
 
-// A bucket that still takes slots, and when its latest slot arrives.
+// A bucket that still takes slots, and the arrival of its latest slot.
 struct Filling {
   BucketPlan bucket;
   std::int64_t element_bytes = 0;

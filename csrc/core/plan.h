@@ -12,17 +12,17 @@ namespace fastddp {
 
 // Slots begin at multiples of this, so that a wide load never straddles two gradients.
 inline constexpr std::int64_t kSlotAlignBytes = 16;
-// The same, in the buffer of gradients, where they are cast for communication: a slot of 16 bytes
-// in half the size is one of 32 bytes.
+// The same for a buffer of gradients that are cast to half their size for communication: what is
+// aligned to 32 bytes there is aligned to 16 bytes after the cast.
 constexpr std::int64_t slot_align_bytes(bool is_cast) {
   return is_cast ? 2 * kSlotAlignBytes : kSlotAlignBytes;
 }
-// For a communication hook, which is promised a buffer with nothing but gradients in it.
+// For a communication hook, which gets a buffer that holds gradients and no padding.
 inline constexpr std::int64_t kPackedAlignBytes = 1;
 
 struct ParamSpec {
   std::int64_t numel;          // real elements: a complex parameter counts two for each
-  std::int64_t element_bytes;  // of one real element
+  std::int64_t element_bytes;  // size of one real element
   std::int64_t kind;  // parameters share a bucket only when they are of the same kind (dtype)
 };
 
@@ -43,12 +43,16 @@ struct BucketPlan {
   bool operator==(const BucketPlan&) const = default;
 };
 
-// Buckets in the order in which they are launched: that in which they fill when gradients arrive in
-// `order`.
+// Returns the buckets in the order in which they are launched, which is the order in which they
+// fill when gradients arrive in `order`.
 //
-// `order` is a permutation of the parameters. `caps_bytes` is not empty: the k-th bucket of a kind
-// is closed once it holds caps_bytes[k] bytes, the last entry serving all further ones. Slots begin
-// at multiples of `align_bytes`, or of an element. Throws std::invalid_argument otherwise.
+// `order` has to be a permutation of the parameters, and `caps_bytes` must not be empty, or this
+// throws std::invalid_argument. The k-th bucket of a kind is closed once it holds caps_bytes[k]
+// bytes; the last entry serves all further buckets. Slots begin at multiples of `align_bytes`, or
+// of an element if that is larger.
+//
+// Buckets in the reverse order of forward, and their overlap with backward, are the idea of Li et
+// al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", VLDB 2020.
 std::vector<BucketPlan> plan_buckets(const std::vector<ParamSpec>& params,
                                      const std::vector<std::int64_t>& order,
                                      const std::vector<std::int64_t>& caps_bytes,

@@ -1,13 +1,14 @@
-// When full buckets are launched: as they fill, to be reduced by another thread while backward goes
-// on, or all at its end, by the thread that then waits for them anyway.
+// When full buckets are launched: as they fill, so that another thread reduces them while backward
+// goes on, or all at the end of backward, by the thread that then has to wait for them anyway.
 //
-// The former hides communication where a core is free for it. Where every core computes it only
-// adds switches between threads. Which is better depends on the model and the machine, so the first
-// rounds of a plan try both in turn, and in the round after them the ranks add up their best times.
+// Launching early hides communication where a core is free for it. Where every core computes, it
+// only adds switches between threads. Which is better depends on the model and the machine, so the
+// first rounds of a plan try both in turn, and in the round after them the ranks add up their best
+// times.
 //
-// Invariant: all ranks have the same schedule in the same round. Else the collectives of another
-// model, or of the user's, would come before a bucket on one rank and after it on another. So it
-// depends on nothing but the number of rounds begun, and on what all ranks have agreed on. Guarded
+// Invariant: all ranks have the same schedule in the same round. Otherwise a collective of another
+// model, or of the user, would come before a bucket on one rank and after it on another. So the
+// schedule depends only on the number of rounds begun and on what all ranks have agreed on. Guarded
 // by tests/parity/test_shared_memory.py.
 #pragma once
 
@@ -25,13 +26,13 @@ class Schedule {
     return round < kTrials ? round % 2 == 1 : early_;
   }
 
-  // Takes note of how long a round took that ended well.
+  // Records how long a round took that ended without an error.
   void add(bool was_early, double round_us) {
     double& best = was_early ? early_us_ : late_us_;
     best = std::min(best, round_us);
   }
 
-  // Whether the round under way is the one in which the ranks add up early_us() and late_us().
+  // Whether this is the round in which the ranks add up their early_us() and late_us().
   bool is_due() const { return begun_ == kTrials + 1; }
   double early_us() const { return early_us_; }
   double late_us() const { return late_us_; }

@@ -1,8 +1,8 @@
-// Counts gradients in and says which buckets may be launched.
+// Counts the gradients that arrive and says which buckets may be launched.
 //
 // Invariant: buckets are launched in plan order whatever order they fill in. Ranks fill them in
-// different orders; a collective issued out of order would be summed with another rank's different
-// bucket. Guarded by tests/cpp/core_test.cpp.
+// different orders; a collective launched out of order would be added to a different bucket of
+// another rank. Guarded by tests/cpp/core_test.cpp.
 #pragma once
 
 #include <cstddef>
@@ -20,9 +20,10 @@ class ReadyTracker {
   // Marks a slot of `bucket` as filled.
   void mark(std::size_t bucket) { --missing_[bucket]; }
 
-  // The next bucket to launch, whether full or not; kNone after the last. Each is handed out once.
+  // Returns the next bucket to launch, whether full or not, or kNone after the last. Each bucket is
+  // returned once.
   std::size_t pop();
-  // Whether there is a next one, and it is full.
+  // Whether there is a next bucket and it is full.
   bool is_next_full() const { return next_ < missing_.size() && missing_[next_] == 0; }
 
   bool is_full(std::size_t bucket) const { return missing_[bucket] == 0; }

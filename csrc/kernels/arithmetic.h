@@ -1,8 +1,8 @@
-// The element types as a kernel sees them, on the CPU and on a GPU: what each is computed in, how
-// it is widened to that, and how it is rounded from it (to the nearest, ties to even).
+// The element types as a kernel sees them, on the CPU and on a GPU: the type that each is computed
+// in, how an element is widened to it, and how a result is rounded (to the nearest, ties to even).
 //
-// The .cu files are C++17 and use the toolkit's 16-bit types, everything else those of core/half.h.
-// Both round to the same bits, but for which NaN a NaN becomes.
+// The .cu files are C++17 and use the 16-bit types of the toolkit; everything else uses those of
+// core/half.h. Both round to the same bits, except that they make different NaNs of a NaN.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -30,7 +30,7 @@ struct Arithmetic {
 using KernelFloat16 = __half;
 using KernelBFloat16 = __nv_bfloat16;
 
-// By name: torch builds with the toolkit's implicit conversions switched off.
+// The conversions are called by name because torch builds with the toolkit's implicit ones off.
 template <>
 struct Arithmetic<__half> {
   using Compute = float;

@@ -1,4 +1,4 @@
-// From the dtypes of a pass to the types of its kernel, or of its loop.
+// From the dtypes of a pass to the types that its kernel or loop is instantiated for.
 #pragma once
 
 #include <stdexcept>
@@ -24,7 +24,7 @@ void with_narrow_type(DType dtype, Visit visit) {
     case DType::kBFloat16:
       return visit(TypeTag<KernelBFloat16>{});
     case DType::kFloat64:
-      return;  // not narrow: see with_types
+      return;  // not narrow, see with_types
   }
 }
 

@@ -18,7 +18,7 @@ template <typename Compute, std::uint32_t kSpans>
 struct MoveArgs {
   void* flat;
   Compute scale;
-  Moments* moments;  // one for each block
+  Moments* moments;  // one per block
   std::uint32_t num_spans;
   bool to_flat;
   PieceSpan spans[kSpans];
@@ -27,7 +27,7 @@ struct MoveArgs {
 static_assert(sizeof(MoveArgs<double, kSmallTable>) <= 4096);
 static_assert(sizeof(MoveArgs<double, kLargeTable>) <= 32764);
 
-// Adds the values that the block's threads hold; thread 0 gets the sum.
+// Adds the values of the block's threads. Thread 0 gets the sum.
 __device__ Moments add_threads(const Moments& value) {
   __shared__ Moments values[kBlockThreads];
   const std::uint32_t thread = threadIdx.x;
@@ -38,7 +38,8 @@ __device__ Moments add_threads(const Moments& value) {
   return thread == 0 ? add_columns(values) : value;
 }
 
-// Four blocks of 64 registers a thread fill a multiprocessor's registers, and are enough threads.
+// Four blocks with 64 registers per thread fill the registers of a multiprocessor, and have enough
+// threads to reach the memory's bandwidth.
 template <typename Src, typename Dst, bool kMoments, std::uint32_t kSpans>
 __global__ void __launch_bounds__(kBlockThreads, 4)
     move_kernel(const MoveArgs<ComputeOf<Src>, kSpans> __grid_constant__ args) {
@@ -68,7 +69,7 @@ void launch(void* stream,
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // told here; not to be found by whoever asks CUDA next
+  (void)cudaGetLastError();  // reported here, so clear it for the next caller
   throw std::runtime_error("a kernel of the fused flatten did not launch (" +
                            std::to_string(num_blocks) + " blocks): " + cudaGetErrorString(error));
 }
@@ -92,7 +93,7 @@ void launch_move(const FlattenLaunch& move,
   launch(stream, move.num_blocks, kernel, args);
 }
 
-// `moments` has room for one of each block of all launches, or is null.
+// `moments` has room for an entry per block of all launches, or is null.
 void move_all(const std::vector<FlattenLaunch>& launches,
               DType source_dtype,
               DType target_dtype,
@@ -118,7 +119,7 @@ void move_all(const std::vector<FlattenLaunch>& launches,
 namespace cuda {
 
 std::size_t moments_scratch(const std::vector<Piece>& pieces) {
-  // As many blocks as there are for the widest dtype, which has the smallest chunks.
+  // The number of blocks for the widest dtype, which has the fewest elements per chunk.
   constexpr std::int64_t kChunk = chunk_numel(DType::kFloat64);
   std::size_t num_blocks = 0;
   for (const Piece& piece : pieces)
@@ -149,7 +150,7 @@ void fused_unflatten(const FlatPass& pass,
                      const void* flat,
                      void* stream) {
   const auto launches = unflatten_launches(pass, pieces);
-  // Only read through, in this direction.
+  // In this direction, `flat` is only read.
   move_all(launches, pass.flat, pass.piece, const_cast<void*>(flat), false, pass.scale, stream,
            nullptr);
 }

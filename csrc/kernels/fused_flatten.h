@@ -1,8 +1,9 @@
-// One pass between any number of tensors and the flat buffer of their bucket: copy, cast and scale.
+// One pass that copies, casts and scales between any number of tensors and one flat buffer.
 //
 // Each element is widened to float, multiplied by the scale rounded to float, and rounded once to
-// the dtype it goes to; float64 only goes to float64, and is computed in double. The same bits come
-// out on the CPU and on a GPU, but for a NaN's: both run the functions of fused_flatten_body.h.
+// the dtype it goes to; float64 only goes to float64, and is computed in double. The results
+// on the CPU and on a GPU have the same bits, except those of NaNs: both run the functions of
+// fused_flatten_body.h.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +14,8 @@
 
 namespace fastddp {
 
-// A tensor whose elements lie one after the other, and its place in the flat buffer. Places do not
-// overlap. A piece may lie in its own place, but may not overlap it in part.
+// A tensor without gaps between its elements, and its place in the flat buffer. Places must not
+// overlap. A piece may be its own place, but must not overlap it in part.
 struct Piece {
   void* data;           // null: flatten writes zeros
   std::int64_t offset;  // in the flat buffer's elements
@@ -22,20 +23,21 @@ struct Piece {
 };
 
 struct FlatPass {
-  DType piece;  // of every piece
+  DType piece;  // the dtype of every piece
   DType flat;
   double scale;
 };
 
-// What a flatten can tell about the values it wrote, as they are after rounding. Squares are
-// computed in float (double for float64), so one can be infinite though its value is finite. The
-// additions are in an order that depends on sizes and on alignment to 16 bytes alone.
+// What a flatten can compute about the values that it wrote, after their rounding. Squares are
+// computed in float (double for float64), so the square of a finite value can be infinite. The
+// order of the additions depends only on sizes and on alignment to 16 bytes.
 struct Moments {
   double sum_of_squares;
   double finite;  // 1 if every value is, else 0
 };
 
-// Throws std::invalid_argument for a pair of dtypes that there is no conversion for.
+// flat[offset + i] = piece[i] * scale. Throws std::invalid_argument for a pair of dtypes that has
+// no conversion.
 void fused_flatten(const FlatPass& pass,
                    const std::vector<Piece>& pieces,
                    void* flat,
@@ -43,12 +45,12 @@ void fused_flatten(const FlatPass& pass,
 // piece[i] = flat[offset + i] * scale. Throws std::invalid_argument for a null piece.
 void fused_unflatten(const FlatPass& pass, const std::vector<Piece>& pieces, const void* flat);
 
-// The same on a GPU: only enqueued on `stream`, a cudaStream_t, of the current device. Tables
-// travel as kernel arguments, so that a CUDA graph can capture it. Throws std::runtime_error with
-// CUDA's text if a launch fails.
+// The same on a GPU. The passes are only enqueued on `stream`, a cudaStream_t of the current
+// device. Tables travel as kernel arguments, so a CUDA graph can capture a pass. Throws
+// std::runtime_error with CUDA's text if a launch fails.
 namespace cuda {
 
-// Floats of device memory that a flatten with moments needs.
+// Returns how many floats of device memory a flatten with moments needs as scratch.
 std::size_t moments_scratch(const std::vector<Piece>& pieces);
 void fused_flatten(const FlatPass& pass,
                    const std::vector<Piece>& pieces,

@@ -1,6 +1,6 @@
-// What one thread of one block does in a pass between pieces and flat buffer. fused_flatten.cu runs
-// these functions on a GPU, fused_flatten_cpu.cpp in loops over blocks and threads, so the same
-// operations happen in the same order on both.
+// What one thread of one block does in a pass between pieces and the flat buffer. fused_flatten.cu
+// runs these functions on a GPU, fused_flatten_cpu.cpp in loops over blocks and threads, so the
+// same operations happen in the same order on both.
 //
 // The aim is the bandwidth of the memory. A thread has 64 bytes of loads in flight, all of them
 // before its first store: on an H100, which by Little's law needs some 10 to 20 KB of reads in
@@ -24,10 +24,10 @@ struct alignas(sizeof(T) * kNumel < kAccessBytes ? sizeof(T) * kNumel : kAccessB
   T values[kNumel];
 };
 
-// Elements that a thread reads and writes at once. Stores are of 16 bytes, so that a warp's fill
-// whole sectors one after the other: a cache merges the two halves of a sector that were loaded
-// apart, but each store goes to L2 by itself. So a load is of 16 bytes, twice that for a narrowing
-// pass, and half of it for a widening one.
+// How many elements a thread reads and writes at once. Stores have 16 bytes, so that the stores of
+// a warp fill whole sectors one after the other: a cache merges the two halves of a sector that
+// were loaded separately, but each store goes to L2 by itself. So a load has 16 bytes, or 32 in a
+// narrowing pass and 8 in a widening one.
 template <typename Dst>
 inline constexpr std::uint32_t kPackNumel = kAccessBytes / sizeof(Dst);
 
@@ -36,10 +36,10 @@ struct Chunk {
   const Src* source;
   Dst* target;
   std::uint32_t numel;
-  bool zeros;  // to be written instead of the source, which is some address then
+  bool zeros;  // write zeros; `source` is then some address and not read
 };
 
-// The chunk of `block`; `to_flat` is the direction.
+// Returns the chunk of `block`. `to_flat` is the direction of the pass.
 template <typename Src, typename Dst>
 FASTDDP_HOST_DEVICE Chunk<Src, Dst> find_chunk(const PieceSpan* spans,
                                                std::uint32_t num_spans,
@@ -81,9 +81,9 @@ struct Share {
   }
 };
 
-// The packs first, first + kBlockThreads, ..., kLoads of them, of those below num_packs. The two
-// may be the same memory, so there is no __restrict__ here and nothing goes through a read-only
-// cache.
+// Moves kLoads packs, first, first + kBlockThreads and so on, as far as they are below num_packs.
+// Source and target may be the same memory, so there is no __restrict__ here and nothing goes
+// through a read-only cache.
 template <bool kMoments, std::uint32_t kNumel, std::uint32_t kLoads, typename Src, typename Dst>
 FASTDDP_HOST_DEVICE void move_packs(const Src* source,
                                     Dst* target,
@@ -114,8 +114,8 @@ FASTDDP_HOST_DEVICE void move_packs(const Src* source,
   }
 }
 
-// The thread's part of a chunk. The order in which a share adds depends on the chunk's size and on
-// how its two ends are aligned to 16 bytes, on nothing else.
+// Moves one thread's part of a chunk. The order in which a share adds depends only on the chunk's
+// size and on how both ends of the chunk are aligned to 16 bytes.
 template <bool kMoments, typename Src, typename Dst>
 FASTDDP_HOST_DEVICE Share<ComputeOf<Dst>> move_chunk(const Chunk<Src, Dst>& chunk,
                                                      std::uint32_t thread,
@@ -124,11 +124,11 @@ FASTDDP_HOST_DEVICE Share<ComputeOf<Dst>> move_chunk(const Chunk<Src, Dst>& chun
   constexpr std::uint32_t kLoads = kChunkBytes / kBlockThreads / (kNumel * sizeof(Src));
   const auto [source, target, numel, zeros] = chunk;
 #if defined(__CUDA_ARCH__)
-  // Else these are accesses to an address of any kind: they came out of a table.
+  // The addresses came out of a table, so without this the compiler would assume any address space.
   __builtin_assume(__isGlobal(source));
   __builtin_assume(__isGlobal(target));
 #endif
-  // A zero stays one, whatever the scale.
+  // A zero stays a zero, even if the scale is infinite or NaN.
   const ComputeOf<Src> factor = zeros ? 1 : scale;
   Share<ComputeOf<Dst>> share;
 
@@ -147,7 +147,7 @@ FASTDDP_HOST_DEVICE Share<ComputeOf<Dst>> move_chunk(const Chunk<Src, Dst>& chun
   const std::uint32_t num_packs = (numel - head) / kNumel;
   move_packs<kMoments, kNumel, kLoads>(source + head, target + head, num_packs, thread, zeros,
                                        factor, share);
-  // Fewer than two packs are left, before and behind: one element for each of the first threads.
+  // Fewer elements than two packs are left, at both ends: one for each of the first threads.
   const std::uint32_t moved = num_packs * kNumel;
   if (thread < numel - moved) {
     const std::uint32_t at = thread < head ? thread : thread + moved;
@@ -156,8 +156,8 @@ FASTDDP_HOST_DEVICE Share<ComputeOf<Dst>> move_chunk(const Chunk<Src, Dst>& chun
   return share;
 }
 
-// The shares of a block's threads are added as a tree of two levels: each of the first kTreeWidth
-// threads adds a column of the `kBlockThreads` values, then one thread adds what these hold. Each
+// The shares of a block's threads are added in a tree of two levels: each of the first kTreeWidth
+// threads adds a column of the kBlockThreads values, then one thread adds the kTreeWidth sums. Each
 // level waits for the one before.
 inline constexpr std::uint32_t kTreeWidth = 16;
 
@@ -186,7 +186,7 @@ FASTDDP_HOST_DEVICE Moments add_columns(const Moments* values) {
   return sum;
 }
 
-// What one thread adds of all blocks' moments before the same tree makes one of them.
+// Adds one thread's share of all blocks' moments, before the same tree adds the threads' sums.
 FASTDDP_HOST_DEVICE Moments add_blocks(const Moments* blocks,
                                        std::uint64_t num_blocks,
                                        std::uint32_t thread) {

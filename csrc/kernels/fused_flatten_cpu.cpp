@@ -17,7 +17,7 @@ void move(const FlattenLaunch& launch, void* flat, bool to_flat, ComputeOf<Src> 
   }
 }
 
-// The second and third step of each block begin where the kernel has its barriers.
+// Both steps begin where the kernel has barriers.
 Moments add_threads(Moments* values) {
   for (std::uint32_t thread = 0; thread < kTreeWidth; ++thread) add_column(values, thread);
   return add_columns(values);
@@ -72,7 +72,7 @@ void fused_unflatten(const FlatPass& pass, const std::vector<Piece>& pieces, con
     using Src = typename decltype(source)::Type;
     using Dst = typename decltype(target)::Type;
     const auto scale = static_cast<ComputeOf<Src>>(pass.scale);
-    // Only read through, in this direction.
+    // In this direction, `flat` is only read.
     for (const auto& launch : launches)
       move<Src, Dst>(launch, const_cast<void*>(flat), false, scale);
   });

@@ -7,8 +7,9 @@
 //   a NaN in the first source stays, a NaN in a later one loses, and so does an equal zero.
 // - 16-bit floats are combined in float and rounded once, as core/half.h does, at the end. A NaN
 //   becomes 0x7FC0 in bfloat16 and the one with its sign, 0x7E00 or 0xFE00, in float16.
-// - The one freedom left: where several NaNs meet in a sum or product, any of them may be the
-//   result (an FPU keeps its first operand, and compilers swap operands).
+// - One freedom is left: where several NaNs meet in a sum or product, any of them may be the
+// result,
+//   because an FPU keeps its first operand and compilers may swap operands.
 #pragma once
 
 #include <cstddef>
@@ -53,9 +54,9 @@ constexpr std::size_t size_of(Element element) {
 enum class Reduction : std::uint8_t { kSum, kAvg, kProduct, kMin, kMax, kBand, kBor, kBxor };
 
 // dst[k][i] = src[0][i] op ... op src[num_srcs - 1][i] for every destination k and i < numel.
-// At least one source; the sum of kAvg is divided by `divisor`, which the others ignore.
-// A destination may be one of the sources, at the same address, but may not overlap any in part;
-// destinations may not overlap each other. Pointers need the alignment of one element.
+// At least one source; the sum of kAvg is divided by `divisor`, which other reductions ignore.
+// A destination may be one of the sources, at the same address, but must not overlap a source in
+// part; destinations must not overlap each other. Pointers need the alignment of one element.
 using Reduce = void (*)(void* const* dsts,
                         std::size_t num_dsts,
                         const void* const* srcs,
@@ -63,17 +64,18 @@ using Reduce = void (*)(void* const* dsts,
                         std::size_t numel,
                         double divisor);
 
-// Returns nullptr where the combination means nothing: bitwise operations on floats, averages of
-// anything else.
+// Returns nullptr where the combination has no meaning: bitwise operations on floats, and averages
+// of anything but floats.
 Reduce find_reduce(Element element, Reduction reduction);
 
-// The instruction sets there are versions for. kPlain is what the compiler targets by default.
+// The instruction sets that have a version. kPlain is what the compiler targets by default.
 enum class Isa : std::uint8_t { kPlain, kAvx2, kAvx512 };
 
-// Those that this CPU and operating system can run, narrowest first; find_reduce takes the last.
+// Returns the instruction sets that this CPU and operating system support, narrowest first.
+// find_reduce() takes the last.
 const std::vector<Isa>& available_isas();
 
-// The version for one of available_isas().
+// Returns the version for one of available_isas().
 Reduce find_reduce(Element element, Reduction reduction, Isa isa);
 
 }  // namespace fastddp

@@ -39,7 +39,8 @@ using Bytes = Vector<std::uint8_t>;
 using Words = Vector<std::uint32_t>;
 using Floats = Vector<float>;
 
-// How a vector of memory is read into and written from what it is computed in.
+// The formats: how a vector in memory is decoded into the type of the computation, and encoded
+// again.
 
 template <typename T>
 struct Native {
@@ -50,13 +51,13 @@ struct Native {
   REDUCE_INLINE static Bytes encode(Wide value) { return reinterpret_cast<Bytes>(value); }
 };
 
-// 16-bit floats: each half of the elements has a vector of its own.
+// 16-bit floats, widened: a vector of memory becomes two vectors of floats.
 struct Pair {
   Floats first;
   Floats second;
 };
 
-// The upper half of a float is a bfloat16: the elements at odd places are in place already.
+// A bfloat16 is the upper half of a float, so the elements at odd places need no shift.
 struct Brain {
   static constexpr std::size_t kSize = 2;
   using Scalar = float;
@@ -71,7 +72,7 @@ struct Brain {
     return reinterpret_cast<Bytes>(round(value.first) >> 16 | (round(value.second) & 0xFFFF0000u));
   }
 
-  // to_bfloat16, still in the upper half
+  // Does what to_bfloat16() does, and leaves the result in the upper half.
   REDUCE_INLINE static Words round(Floats value) {
     const auto bits = reinterpret_cast<Words>(value);
     const Words rounded = bits + (0x7FFFu + (bits >> 16 & 1u));
@@ -85,7 +86,7 @@ struct Half {
   using Wide = Pair;
 
 #if REDUCE_WIDTH == 64
-  // The masks are full. GCC 12 warns of its own header in the forms without a mask.
+  // All masks are full. GCC 12 warns about its own header in the forms without a mask.
   REDUCE_INLINE static Pair decode(Bytes memory) {
     const auto halves = reinterpret_cast<__m512i>(memory);
     return {_mm512_maskz_cvtph_ps(0xFFFF, _mm512_maskz_extracti64x4_epi64(0xF, halves, 0)),
@@ -123,13 +124,13 @@ struct Half {
   }
 #endif
 
-  // The instruction keeps a NaN's payload; to_float16 keeps its sign alone. (decode made it quiet.)
+  // The instruction keeps the payload of a NaN, to_float16() only its sign. (decode made it quiet.)
   REDUCE_INLINE static Floats strip(Floats value) {
     const auto nan = reinterpret_cast<Words>(value != value);
     return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) & ~(nan & 0x003FFFFFu));
   }
 
-  // to_float, lane by lane. Comparisons are signed, for SSE2 has no others.
+  // Does what to_float() does in each lane. Comparisons are signed because SSE2 has no others.
   REDUCE_INLINE static Floats widen(Words half) {
     using Ints = Vector<std::int32_t>;
     const Words magnitude = half & 0x7FFFu;
@@ -142,7 +143,7 @@ struct Half {
     return reinterpret_cast<Floats>(result | (half & 0x8000u) << 16);
   }
 
-  // to_float16, lane by lane.
+  // Does what to_float16() does in each lane.
   REDUCE_INLINE static Words narrow(Floats value) {
     using Ints = Vector<std::int32_t>;
     const auto bits = reinterpret_cast<Words>(value);
@@ -158,7 +159,7 @@ struct Half {
   }
 };
 
-// The operations, on one vector or on both of a pair.
+// The operations, on one vector or on both vectors of a pair.
 
 struct Sum {
   template <typename V>
@@ -251,8 +252,8 @@ REDUCE_INLINE void store(void* dst, std::size_t at, Bytes memory, std::size_t si
     std::memcpy(to, &memory, size);
 }
 
-// Reduces kVectors vectors, of `size` bytes each, at byte `at`. All is read before any is written,
-// because a destination may be a source.
+// Reduces kVectors vectors of `size` bytes each, at byte `at`. Reads everything before it writes
+// anything, because a destination may be a source.
 template <typename Format, typename Op, std::size_t kVectors>
 REDUCE_INLINE void step(void* const* dsts,
                         std::size_t num_dsts,

@@ -21,7 +21,7 @@ void stream_copy(void* to, const void* from, std::size_t bytes) {
       _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), part);
     }
   }
-  _mm_sfence();  // these stores wait for no other, and no release waits for them
+  _mm_sfence();  // else a later release store could overtake these stores
 #endif
   if (bytes > 0) std::memcpy(out, in, bytes);
 }

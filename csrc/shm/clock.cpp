@@ -12,8 +12,8 @@
 namespace fastddp::shm {
 namespace {
 
-// On the low half of the time: a futex has 32 bits. Without FUTEX_PRIVATE_FLAG: the memory is
-// mapped by several processes.
+// Uses the low half of the time, because a futex has 32 bits. Without FUTEX_PRIVATE_FLAG, because
+// several processes map the memory.
 void futex(const std::atomic<Time>& time, int operation, Time value, const timespec* timeout) {
   const auto* word = reinterpret_cast<const std::uint32_t*>(&time);
   if constexpr (std::endian::native == std::endian::big) ++word;

@@ -2,14 +2,19 @@
 //
 // Operands in the ranks' heaps are read and written where they lie ("direct"): each rank reduces
 // its share of the elements straight from all ranks' memory and writes the result to all of them.
-// Other operands pass through slots of the group's segment in chunks, so that what is copied in is
-// still in the cache when it is reduced. Few bytes always do, in the very step that announces the
-// collective: that makes one wait instead of two.
+// Other operands pass through slots of the group's segment in chunks, so that a chunk is still in
+// the cache when it is reduced. Few bytes always go through slots, in the same step that announces
+// the collective: that takes one wait instead of two.
+//
+// The choices follow the alpha-beta model, in which a message of n bytes takes alpha + n * beta (R.
+// Hockney, 1994): few bytes are a matter of the number of waits, many bytes of the number of
+// copies. (R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of Collective Communication
+// Operations in MPICH", 2005)
 //
 // The order of summation is the order of the ranks, on every path, so all ranks and all runs get
 // the same bits.
 //
-// Each has a file in collectives/; chunks.h there holds what they have in common.
+// Each collective has a file in collectives/; chunks.h there holds what they have in common.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +26,7 @@
 
 namespace fastddp::shm {
 
-// Contiguous memory of one rank.
+// The contiguous memory that one rank gives to a collective.
 struct Operand {
   void* data = nullptr;
   std::size_t numel = 0;
@@ -30,15 +35,15 @@ struct Operand {
   std::size_t bytes() const { return numel * size_of(element); }
 };
 
-// Where a group spans hosts: reduces parts, which lie in this rank's heap, over the ranks that have
-// the same parts on the other hosts. In place. All throw Error.
+// For a group that spans hosts: reduces parts of operands, in place, over the ranks that have the
+// same parts on the other hosts. The parts lie in this rank's heap. All functions throw Error.
 class CrossHosts {
  public:
   virtual ~CrossHosts() = default;
-  // Makes sure that the other hosts are about to do the same.
+  // Throws if the other hosts are not about to do the same collective.
   virtual void compare(const Call& call) = 0;
   virtual void start(void* data, std::size_t numel) = 0;
-  // Waits for the oldest part that was started and is not finished; at most two are.
+  // Waits for the oldest part that was started and is not finished. There are at most two of them.
   virtual void finish() = 0;
 };
 
@@ -46,14 +51,15 @@ class Collectives {
  public:
   explicit Collectives(Group& group) : group_(group) {}
 
-  // All throw Error, after which the group is broken. `divisor` is for kAvg.
+  // All collectives throw Error, after which the group is broken. `divisor` is for Reduction::kAvg;
+  // the other reductions ignore it.
   void barrier(Deadline deadline);
   void all_reduce(const Operand& operand, Reduction reduction, double divisor, Deadline deadline);
   void broadcast(const Operand& operand, int root, Deadline deadline);
-  // `outputs`: one address for each rank, of as many elements as the input has.
+  // `outputs` holds an address for each rank, with room for as many elements as the input has.
   void all_gather(const Operand& input, std::span<void* const> outputs, Deadline deadline);
-  // `inputs`: one address for each rank, of as many elements as the output has. `block` is where
-  // they lie if they lie one after another, else null.
+  // `inputs` holds an address for each rank, of as many elements as the output has. `block` is the
+  // address of the first input if the inputs lie one after another, and null otherwise.
   void reduce_scatter(const Operand& output,
                       std::span<void* const> inputs,
                       const void* block,
@@ -61,8 +67,9 @@ class Collectives {
                       double divisor,
                       Deadline deadline);
 
-  // As all_reduce, with `lanes` of the ranks here exchanging their parts with other hosts.
-  // `staging`: kStagedPieces pieces in the heap for an operand that is not there, else null.
+  // Like all_reduce(); the first `lanes` ranks of this host exchange their parts with other hosts.
+  // `staging` is null for an operand in the heap; for any other it is room in the heap for
+  // kStagedPieces pieces.
   void all_reduce_across(const Operand& operand,
                          Reduction reduction,
                          double divisor,
@@ -71,13 +78,14 @@ class Collectives {
                          void* staging,
                          Deadline deadline);
 
-  // Lets the others know what is next that another transport carries out, so that they do not wait
-  // for this rank here. Waits for nobody.
+  // Announces a collective that another transport carries out, so that ranks that call another one
+  // do not wait here for this rank. Waits for nobody.
   void announce(Kind kind, int root, Deadline deadline);
 
-  // As announce(), and to be followed by exchange().
+  // Like announce(), but has to be followed by exchange().
   void begin_elsewhere(Kind kind, int root, Deadline deadline);
-  // Waits for all ranks. Returns what each gave, by its place; lengths may differ.
+  // Waits for all ranks. Returns the string that each of them gave, in the order of their indices;
+  // the lengths may differ.
   std::vector<std::string> exchange(const std::string& mine);
 
  private:

@@ -4,12 +4,12 @@
 
 namespace fastddp::shm {
 
-// Why shared memory could not be set up, or why a collective could not be finished.
+// Shared memory could not be set up, or a collective could not be finished.
 class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// There is no shared memory left; ordinary memory would do.
+// There is no shared memory left, but ordinary memory would do.
 class NoRoom : public Error {
   using Error::Error;
 };

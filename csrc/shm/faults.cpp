@@ -1,4 +1,5 @@
-// How a group fails: what a rank finds when its wait lasts, and the verdict that all throw then.
+// How a group fails: what a rank looks for while a wait lasts, and the verdict that all ranks throw
+// once one of them has found a fault.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -15,7 +16,7 @@ using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 using std::chrono::steady_clock;
 
-// A sleeping rank looks this often whether what it waits for can still come.
+// How often a sleeping rank looks whether the rank that it waits for can still come.
 constexpr nanoseconds kLookAround = milliseconds(50);
 
 }  // namespace
@@ -37,8 +38,8 @@ void Group::find_fault(std::size_t index, Time time) {
     const Process& process = *members_[i].process;
     const bool left = block.state.load(std::memory_order_acquire) == State::kLeft;
     if (!left && !process.ended()) continue;
-    if (block.clock.reached(time)) continue;  // it had done its part before
-    // One that leaves is often about to end, and how it ends says more.
+    if (block.clock.reached(time)) continue;  // it ended after it had done its part
+    // A rank that leaves is often about to end, and a message that says how it ended tells more.
     for (int i_look = 0; i_look < 20 && !process.ended(); ++i_look)
       std::this_thread::sleep_for(milliseconds(10));
     const std::string who = "rank " + std::to_string(members_[i].rank);
@@ -76,12 +77,13 @@ void Group::check_ended() {
             process.describe();
   }
   if (killed.empty() && others.empty()) return;
-  // Who was killed is often the reason why others have ended.
+  // The killed ranks come first: they are often the reason why others have ended.
   abort(killed + (killed.empty() || others.empty() ? "" : ", ") + others);
   check();
 }
 
-// What a peer that is stopped in the midst of the collective may still write to.
+// Keeps the operand's memory from being used again: a peer that is stopped in the middle of the
+// collective may still write to it.
 void Group::retire_operand() const {
   const std::uint64_t operand = operand_.load(std::memory_order_relaxed);
   if (operand != Call::kElsewhere) Heap::mine().retire(operand);
@@ -114,7 +116,7 @@ void Group::write_verdict(const std::string& why) {
 
 void Group::throw_verdict(const std::string& what) const {
   const Verdict& verdict = layout_.header().verdict;
-  // Whoever writes it may have died over it.
+  // The rank that writes the verdict may have died before it was done.
   for (int i = 0; i < 100 && verdict.is.load(std::memory_order_acquire) != Verdict::Is::kWritten;
        ++i) {
     std::this_thread::sleep_for(milliseconds(1));

@@ -13,13 +13,14 @@ namespace {
 using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
-// How long to spin before sleeping: about what a wake-up costs, so waiting never takes more than
-// twice as long as the better choice would have. Next to nothing where ranks share cores: whoever
-// is waited for may need this one.
+// How long to spin before sleeping: about as long as a wake-up takes, so a wait never costs more
+// than twice what the better choice would have cost (the ski rental problem; A. Karlin et al.,
+// "Empirical Studies of Competitive Spinning", SOSP 1991). Much shorter where ranks share cores,
+// because the rank that is waited for may need this core.
 constexpr nanoseconds kSpin = microseconds(30);
 
-// Once all have come to a collective, what is waited for takes microseconds. To sleep there would
-// be the start of a chain: whoever is woken comes late, and the next one sleeps over that.
+// Once all ranks have come to a collective, waits take microseconds. A rank that slept there would
+// start a chain: it wakes up late, and the ranks that wait for it fall asleep in turn.
 constexpr nanoseconds kSpinInTheMidst = microseconds(300);
 constexpr nanoseconds kSpinOnSharedCores = microseconds(1);
 
@@ -85,7 +86,7 @@ void Group::compare_so_far() {
   for (std::size_t i = 0; i < size(); ++i) {
     const RankBlock& block = layout_.rank(i);
     Call call;
-    // Read once: by a second time it may have been replaced, by one many calls ahead.
+    // Read once: at a second look, a rank that is many calls ahead may have replaced the call.
     if (i != me_ && block.clock.reached(first_) &&
         block.calls[count() % kCallsKept].read(first_, call)) {
       calls_[i] = call;
@@ -109,14 +110,15 @@ std::size_t Group::claim_slot() {
   return slot;
 }
 
-// ---- what the ranks have announced, compared ----------------------------------------------
+// ---- comparing what the ranks have announced --------------------------------------------
 
 void Group::compare_with(std::size_t index) {
   const RankBlock& block = layout_.rank(index);
   if (!block.calls[count() % kCallsKept].read(first_, calls_[index])) {
-    // It is many calls ahead that wait for nobody. If it waited in this one, it has compared, so it
-    // called the same; it can not have compared in a later one, which this rank has not begun.
-    // Nobody needs to know then where its operand was: it could not go on before that was read.
+    // That rank is many calls ahead, in calls that wait for nobody. If it waited in this call, it
+    // has compared, so it called the same; it cannot have compared in a later call, which this rank
+    // has not begun. The place of its operand is not needed then, because the rank could not go on
+    // before its operand was read.
     if (block.agreed.load(std::memory_order_relaxed) == first_) {
       calls_[index] = calls_[me_];
       calls_[index].operand = Call::kElsewhere;
@@ -135,7 +137,8 @@ void Group::compare(std::size_t index) {
                            "rank " + std::to_string(rank(high)), calls_[high]));
 }
 
-// Where others will read and write: a stray write in one rank must not become one in all.
+// Checks where other ranks will read and write: a stray write of one rank into the shared memory
+// must not lead to stray writes of all ranks.
 void Group::check_operand(std::size_t index) {
   const Call& call = calls_[index];
   const bool across = calls_[me_].across;

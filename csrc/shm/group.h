@@ -1,10 +1,15 @@
-// One rank's part in a group of ranks on one host: the steps in which they go, and how they fail.
+// One rank's view of a group of ranks on one host: the steps that they take together, and how they
+// fail.
 //
-// Every collective is a number of steps, the same number on all ranks. A rank ends a step by
-// advancing its clock; it waits for the others' clocks before it relies on what they did. Before
-// its first step ends, a collective announces what it is; whoever then waits for the others for the
-// first time compares. Nobody waits without a deadline, for a process that has ended, or in a group
-// that is broken: the first to find a fault writes the verdict, which all throw from then on.
+// Every collective takes a number of steps, the same number on all ranks. A rank ends a step by
+// advancing its clock, and waits for the others' clocks before it relies on what they did. A rank
+// announces each collective before its first step ends, and compares it with what the others have
+// announced when it first waits for them. No rank waits without a deadline, for a process that has
+// ended, or in a broken group: the first rank to find a fault writes the verdict, which all ranks
+// throw from then on.
+//
+// group.cpp has the steps and the comparison, faults.cpp the failures, names.cpp the names of
+// collectives in messages.
 #pragma once
 
 #include <array>
@@ -24,7 +29,7 @@ namespace fastddp::shm {
 using Deadline = std::chrono::steady_clock::time_point;
 
 struct Member {
-  int rank = 0;  // in the group that users know
+  int rank = 0;  // the index in the group that users know
   char* heap = nullptr;
   std::uint64_t heap_bytes = 0;
   std::shared_ptr<const Process> process;
@@ -32,14 +37,14 @@ struct Member {
 
 class Group {
  public:
-  // `members` are the ranks of this host in the order of their blocks, `me` this one's place.
-  // What lies behind `layout` and the heaps has to outlive the group.
+  // `members` are the ranks of this host in the order of their blocks, and `me` is the index of
+  // this rank among them. The memory of `layout` and of the heaps has to outlive the group.
   Group(Layout layout, std::vector<Member> members, std::size_t me);
 
   std::size_t size() const { return members_.size(); }
   std::size_t me() const { return me_; }
   int rank(std::size_t index) const { return members_[index].rank; }
-  // Returns the place of a rank of the group on this host; size() if it is on another.
+  // Returns the index on this host of a rank of the group, or size() if it is on another host.
   std::size_t index_of(int rank) const;
 
   // ---- one collective at a time --------------------------------------------------------
@@ -47,18 +52,18 @@ class Group {
   // Begins a collective, with this thread's label. Throws Error if the group is broken.
   void begin(const Call& call, Deadline deadline);
 
-  // Ends a step; returns when it ended.
+  // Ends a step. Returns this rank's clock, which is the end of that step.
   Time advance();
 
-  // Waits until all others have ended the step that ended at `time`. The first wait of a collective
-  // also compares what they announced. Throws Error.
+  // Waits until all other ranks have ended the step that ended at `time`. The first wait of a
+  // collective also compares what the ranks announced. Throws Error.
   void await_all(Time time);
   void await(std::size_t index, Time time);
 
-  // Compares with those who have announced theirs already, waiting for nobody. Throws Error.
+  // Compares this rank's collective with those already announced. Waits for nobody. Throws Error.
   void compare_so_far();
 
-  // What another rank announced; after the first await_all().
+  // Returns what another rank announced. Valid after the first await_all().
   const Call& call_of(std::size_t index) const { return calls_[index]; }
   template <typename T = char>
   T* operand_of(std::size_t index) const {
@@ -67,22 +72,23 @@ class Group {
   // Whether all operands lie in heaps.
   bool all_direct() const;
 
-  // Throws the verdict, if there is one, as what has ended the current collective.
+  // Throws the verdict, if there is one, as the reason why the current collective failed.
   void check_current() const {
     if (is_broken()) throw_verdict(describe_current());
   }
 
-  // The next slot, once nobody reads it any more; the same one on every rank. It may be read up to
-  // the end of step kLag + 1 after the one that is now under way.
+  // Returns the next slot, once nobody reads it any more; it is the same slot on every rank. Others
+  // may read it until the end of step kLag + 1 after the current one.
   std::size_t claim_slot();
   char* slot(std::size_t index, std::size_t which) const { return layout_.slot(index, which); }
 
   // ---- at any time, from any thread ----------------------------------------------------
 
-  // Breaks the group: whatever waits in it throws, on all ranks.
+  // Breaks the group: every wait in it throws, on all ranks.
   void abort(const std::string& why);
 
-  // Says that this rank will not take part any more. Others may finish what it has taken part in.
+  // Says that this rank takes part in no further collective. The others may finish those that it
+  // has taken part in.
   void leave();
 
   // Throws the verdict if there is one.
@@ -91,24 +97,26 @@ class Group {
     return layout_.header().verdict.is.load(std::memory_order_acquire) != Verdict::Is::kNone;
   }
 
-  // For what failed outside of this group: throws the verdict, which it writes if a rank has ended.
+  // For failures outside of this group: if a rank has ended, writes that as the verdict; then
+  // throws the verdict, if there is one.
   void check_ended();
 
-  // Number of collectives begun.
+  // Returns the number of collectives begun.
   std::uint64_t count() const { return count_.load(std::memory_order_relaxed); }
 
   [[noreturn]] void fail(const std::string& why);
 
   std::string describe(const Call& call) const;
 
-  // "rank 0 called ..., rank 1 called ...", and what to do about it. For calls that do not agree.
+  // Returns text such as "rank 0 called ..., rank 1 called ...", with advice, for two calls that do
+  // not agree.
   std::string describe_difference(const std::string& one,
                                   const Call& its_call,
                                   const std::string& other,
                                   const Call& others_call) const;
 
  private:
-  // `what` failed: the current collective, or the group.
+  // `what` names what failed: the current collective, or the group.
   [[noreturn]] void throw_verdict(const std::string& what) const;
   void write_verdict(const std::string& why);
   void wait_slowly(std::size_t index, Time time);
@@ -122,7 +130,7 @@ class Group {
   const Layout layout_;
   const std::vector<Member> members_;
   const std::size_t me_;
-  const bool shares_cores_;  // there are more ranks than cores for them
+  const bool shares_cores_;  // there are more ranks than cores
 
   Time now_ = 0;    // this rank's clock
   Time first_ = 0;  // the end of the current collective's first step

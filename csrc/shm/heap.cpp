@@ -24,10 +24,12 @@ std::size_t page() {
   return bytes;
 }
 
-// However much memory there is: many ranks map each other's heaps, and 128 TiB are all there is.
+// The limit on machines with much memory: many ranks map each other's heaps, and a process has
+// 128 TiB of address space for all of them.
 constexpr std::size_t kMostBytes = std::size_t{1} << 40;
 
-// Address space for twice the machine's memory: with fragments, more than can be filled.
+// Address space for twice the machine's memory, so that even a fragmented heap has more of it than
+// there is memory to fill it with.
 std::size_t wanted_bytes() {
   const auto pages = static_cast<std::size_t>(std::max(1L, ::sysconf(_SC_PHYS_PAGES)));
   return std::clamp(std::bit_ceil(2 * pages * page()), kLeastBytes, kMostBytes);
@@ -54,8 +56,8 @@ Heap::Heap() : pid_(::getpid()), segment_(reserve()) {
 }
 
 Heap& Heap::mine() {
-  // Without the lock once it is made: every collective asks, and a lock that another thread holds
-  // during a fork stays locked in the child.
+  // Takes no lock once the heap is made: every collective asks for it, and a lock that another
+  // thread holds during a fork stays locked in the child.
   static std::mutex mutex;
   static std::atomic<Heap*> heap{nullptr};
   const pid_t me = ::getpid();
@@ -71,7 +73,7 @@ Heap& Heap::mine() {
 }
 
 void* Heap::allocate(std::size_t bytes) {
-  // Clamped, as the sum of rounding up would overflow; so much there is not either.
+  // Clamped, because rounding up could overflow; the heap has no more than this anyway.
   const std::size_t rounded = round_up(std::min(bytes, segment_.size()));
   std::size_t offset = 0;
   {
@@ -90,7 +92,7 @@ void* Heap::allocate(std::size_t bytes) {
   }
   char* block = data() + offset;
 #ifdef MADV_POPULATE_WRITE
-  // Where there is no memory left this fails; a touch would end the process.
+  // Fails where there is no memory left; touching the pages would end the process instead.
   const auto has_pages = [&] {
     return ::madvise(block, rounded, MADV_POPULATE_WRITE) == 0 || errno == EINVAL;
   };
@@ -134,7 +136,7 @@ void Heap::free(void* block) {
   free_[begin] = bytes;
 }
 
-// Makes of kept pages what allocate() returns.
+// Zeroes the kept pages of a block, as allocate() promises.
 void Heap::zero_kept(std::size_t begin, std::size_t end) {
   auto part = kept_.upper_bound(begin);
   if (part != kept_.begin()) --part;
@@ -164,7 +166,7 @@ Heap::KeepsPages::~KeepsPages() {
   heap_.discard_kept();
 }
 
-// Whether there were any.
+// Returns whether there were kept pages.
 bool Heap::discard_kept() {
   const std::lock_guard lock(mutex_);
   const bool any = !kept_.empty();

@@ -1,9 +1,10 @@
-// Memory that this process's peers can read and write: where tensors lie that are reduced without
-// a copy.
+// Memory that the other ranks of a host can read and write. Tensors in it are reduced without a
+// copy.
 //
-// Each process has one heap for all its groups, of more address space than it will need: pages cost
-// nothing before they are touched, and go back to the system when a block is freed. So a peer maps
-// it once, an address is an offset, and there is nothing to look up, to grow or to announce later.
+// Each process has one heap for all groups that it is in, with more address space than it will
+// need: pages cost nothing before they are touched, and go back to the system when a block is
+// freed. So a peer maps the heap once, an address is an offset, and nothing has to be looked up,
+// grown or announced later.
 #pragma once
 
 #include <sys/types.h>
@@ -21,26 +22,27 @@ namespace fastddp::shm {
 
 class Heap {
  public:
-  // This process's; made when first asked for, also anew after a fork. Never destroyed: tensors in
-  // it may be freed at any time, also while the process ends. Throws Error.
+  // Returns the heap of this process, which the first call makes; a forked child makes another one.
+  // Never destroyed, because tensors in it may be freed at any time, also while the process ends.
+  // Throws Error.
   static Heap& mine();
 
-  // Returns zeroed memory, aligned to a page. Throws NoRoom that names the size.
+  // Returns zeroed memory that is aligned to a page. Throws NoRoom, with the size in its text.
   void* allocate(std::size_t bytes);
 
-  // Gives back what allocate() returned. Does nothing in a process that was forked since.
+  // Takes back a block that allocate() returned. Does nothing in a process forked since then.
   void free(void* block);
 
-  // The block that holds `offset` is not used again once it is freed: after a collective that
-  // failed half way, a peer may still write to it.
+  // Keeps the block that holds `offset` from being used again once it is freed: after a collective
+  // that failed half way, a peer may still write to it.
   void retire(std::uint64_t offset);
 
   bool contains(const void* begin, std::size_t bytes) const;
   std::size_t used() const;
 
-  // While one lives, the pages of blocks that are freed stay for the blocks that are allocated
-  // next, in this process and in its peers: for buckets that make way for others of the same
-  // gradients. A page that was given back costs as much as ten that are zeroed.
+  // While such an object lives, freed blocks keep their pages, in this process and in the peers,
+  // for the blocks that are allocated next. For buckets that are replaced by other buckets of the
+  // same gradients: taking a page from the system costs as much as zeroing ten of them.
   class KeepsPages {
    public:
     explicit KeepsPages(Heap& heap);
@@ -64,14 +66,14 @@ class Heap {
   const pid_t pid_;
   Segment segment_;
   mutable std::mutex mutex_;
-  std::map<std::size_t, std::size_t> free_;  // bytes by offset; neighbours are merged
+  std::map<std::size_t, std::size_t> free_;  // sizes by offset; neighbours are merged
   std::map<std::size_t, std::size_t> used_;
-  std::set<std::size_t> retired_;            // of those in use
-  std::map<std::size_t, std::size_t> kept_;  // free, with pages: ends by offset
+  std::set<std::size_t> retired_;            // offsets of blocks in use
+  std::map<std::size_t, std::size_t> kept_;  // free memory that still has pages: ends by offset
   int num_keeping_ = 0;
 };
 
-// A peer's heap, mapped once however many groups share it. Throws Error.
+// Maps the heap of a peer, once for all groups that use it. Throws Error.
 std::shared_ptr<const Segment> open_peer_heap(const Address& address);
 
 }  // namespace fastddp::shm

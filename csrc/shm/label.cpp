@@ -6,7 +6,7 @@
 namespace fastddp::shm {
 namespace {
 
-// A message holds two of them.
+// The most bytes of a name; a message holds two names.
 constexpr std::size_t kNameBytes = 200;
 
 thread_local std::uint64_t current_label = 0;
@@ -16,13 +16,13 @@ struct Owners {
   std::map<std::uint32_t, std::string> names;
 };
 
-// Never destroyed: a collective may fail while the process ends.
+// Never destroyed, because a collective may fail while the process ends.
 Owners& owners() {
   static auto& all = *new Owners;
   return all;
 }
 
-// Without half of a character at the end.
+// Cuts a text, but not in the middle of a UTF-8 character.
 std::string shortened(const std::string& text) {
   if (text.size() <= kNameBytes) return text;
   std::size_t end = kNameBytes;

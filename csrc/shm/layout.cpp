@@ -27,8 +27,11 @@ void unpack(std::uint64_t what, Call& call) {
 
 void PublishedCall::write(Time number, const Call& call) {
   const std::uint64_t doubled = number * 2;
-  // The stores of the parts are releases: whoever reads a part of this call sees the odd number.
-  // That one is too: whoever finds a call replaced sees what its rank did before.
+  // A sequence lock: the number is odd while the parts are written. The parts are atomics, and
+  // their stores are releases, so a reader that sees one part of this call also sees the odd
+  // number. (H. Boehm, "Can Seqlocks Get Along With Programming Language Memory Models?", MSPC
+  // 2012.) The store of the odd number is a release too, so a reader that finds a call replaced
+  // also sees what its rank did before.
   number_.store(doubled + 1, std::memory_order_release);
   what_.store(pack(call), std::memory_order_release);
   numel_.store(call.numel, std::memory_order_release);

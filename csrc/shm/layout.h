@@ -3,8 +3,8 @@
 //   Header | RankBlock x ranks | staging: kSlots slots of kSlotBytes x ranks
 //   | a MessageLog for each end x ranks x ranks
 //
-// A rank writes to its own block, slots and logs only, but for the verdict, which whoever finds a
-// fault writes, and `sleepers` of a clock.
+// A rank writes only to its own block, slots and logs, with two exceptions: the rank that finds a
+// fault writes the verdict, and a rank that sleeps adds itself to the sleepers of another's clock.
 #pragma once
 
 #include <array>
@@ -29,41 +29,42 @@ enum class Kind : std::uint8_t {
   kScatter,
   kAllToAll,
   kMonitoredBarrier,
-  kRefused,  // with arguments for which its rank raised an error
+  kRefused,  // its arguments were wrong, so its rank raised an error
   kUnknown,
 };
 
-// The kind may have come from another rank, and be none of these. In names.cpp.
+// Also for a value that another rank has sent and that is none of the above. Defined in names.cpp.
 const char* name_of(Kind kind);
 
-// What crosses hosts goes in pieces of so many bytes, so that one is on the wire while the next is
-// reduced here.
+// The size of the pieces in which operands cross hosts, so that one piece is on the wire while the
+// next is reduced here.
 constexpr std::size_t kPieceBytes = std::size_t{2} << 20;
 
-// Three: one is filled, one is on the wire and one is read.
+// Three pieces: one is filled, one is on the wire and one is read.
 constexpr std::size_t kStagedPieces = 3;
 
-// The type that users know, where it travels as elements of another one; at most 16 characters.
+// The name of the type that users know, for tensors that travel as elements of another type; at
+// most 16 characters.
 using TypeName = std::array<char, 16>;
 
-// What a rank is about to do. All from `kind` to `numel`, `elsewhere` and `label` have to be the
-// same on all ranks.
+// The collective that a rank is about to do. The members from `kind` to `numel`, `elsewhere` and
+// `label` have to be the same on all ranks.
 struct Call {
   Kind kind = Kind::kBarrier;
   Element element = Element::kUInt8;
   TypeName type{};
   Reduction reduction = Reduction::kSum;
-  std::uint32_t root = 0;              // by the group's numbering
+  std::uint32_t root = 0;              // index in the group that users know
   std::uint64_t numel = 0;             // per rank
-  std::uint64_t operand = kElsewhere;  // where it lies in the rank's heap
-  bool staged = false;                 // there, piece after piece, rather than as a whole
-  bool across = false;                 // it crosses hosts, from the heap; a rank's own knowledge
-  bool elsewhere = false;              // another transport carries it out; here it is announced
-  std::uint64_t label = 0;             // whose it is; Group::begin() fills it in
+  std::uint64_t operand = kElsewhere;  // offset of the operand in the rank's heap
+  bool staged = false;                 // lies in the heap piece after piece, not as a whole
+  bool across = false;                 // crosses hosts, from the heap; not published
+  bool elsewhere = false;              // carried out by another transport, and only announced here
+  std::uint64_t label = 0;             // the owner, see label.h; Group::begin() fills it in
 
   static constexpr std::uint64_t kElsewhere = ~std::uint64_t{0};
 
-  // Of its operand in the heap; the rest of what the ranks agree on is taken as given.
+  // Returns the size of the operand in the heap, from members that the ranks have compared.
   std::uint64_t operand_bytes(std::size_t ranks) const {
     if (staged) return kStagedPieces * kPieceBytes;
     return numel * size_of(element) * (kind == Kind::kReduceScatter ? ranks : 1);
@@ -76,16 +77,18 @@ struct Call {
   }
 };
 
-// A call as others see it: readable at any time, also while it is being replaced.
+// A call as other ranks see it: readable at any time, also while it is being replaced. This is a
+// sequence lock with one writer; layout.cpp has the order of its accesses.
 class PublishedCall {
  public:
   void write(Time number, const Call& call);
 
-  // Returns whether `call` is now the one of that number. False if there is a newer one.
+  // Reads the call of that number. Returns false if a newer call has replaced it, or if that call
+  // is not published yet; `call` then holds nothing of use.
   bool read(Time number, Call& call) const;
 
  private:
-  std::atomic<std::uint64_t> number_{0};  // doubled, and one more while the call is being written
+  std::atomic<std::uint64_t> number_{0};  // twice the number, plus 1 while the call is written
   std::atomic<std::uint64_t> what_{0};
   std::atomic<std::uint64_t> numel_{0};
   std::atomic<std::uint64_t> operand_{0};
@@ -93,7 +96,7 @@ class PublishedCall {
   std::array<std::atomic<std::uint64_t>, sizeof(TypeName) / sizeof(std::uint64_t)> type_{};
 };
 
-// How many calls a rank may be ahead, before the oldest can no longer be compared.
+// How many calls a rank may be ahead before its oldest call can no longer be compared.
 constexpr std::size_t kCallsKept = 16;
 
 enum class State : std::uint32_t { kHere, kLeft };
@@ -101,11 +104,11 @@ enum class State : std::uint32_t { kHere, kLeft };
 struct RankBlock {
   Clock clock;
   std::atomic<State> state{State::kHere};
-  std::atomic<Time> agreed{0};  // the end of the first step of the last call it found all agree on
+  std::atomic<Time> agreed{0};  // end of the first step of the last call found to be the same
   std::array<PublishedCall, kCallsKept> calls;
 };
 
-// Why the group is broken; written once, by the first who finds out.
+// Why the group is broken. Written once, by the first rank that finds a fault.
 struct Verdict {
   enum class Is : std::uint32_t { kNone, kBeingWritten, kWritten };
   static constexpr std::size_t kTextBytes = 2048;
@@ -117,13 +120,13 @@ struct Verdict {
 // The two ends of a message.
 enum class End : std::uint8_t { kSender, kReceiver };
 
-// How many messages one end may be ahead, before the oldest can no longer be compared.
+// How many messages one end may be ahead before its oldest message can no longer be compared.
 constexpr std::size_t kMessagesKept = 16;
 
-// What a rank has said of its latest messages with another one. Zeroed memory is an empty log.
+// The latest messages that a rank has announced to one other rank. Zeroed memory is an empty log.
 struct MessageLog {
   struct Entry {
-    std::atomic<std::uint64_t> message{0};  // its tag and its number under that; 0 is none
+    std::atomic<std::uint64_t> message{0};  // tag and number of the message; 0 if there is none
     std::atomic<std::uint64_t> bytes{0};
   };
   std::array<Entry, kMessagesKept> entries;
@@ -138,15 +141,16 @@ struct Header {
   Verdict verdict;
 };
 
-// How many chunks after it was filled a slot is read: the ranks may be so far apart.
+// How many chunks after it was filled a slot is read. Ranks may be this many chunks apart without
+// waiting.
 constexpr std::size_t kLag = 1;
 
-// A slot is free again once all have ended the step after the one in which it was read. Small
-// enough for all of them to stay in a core's second-level cache.
+// A slot is free again once all ranks have ended the step after the one in which it was read. All
+// slots together are small enough to stay in a core's second-level cache.
 constexpr std::size_t kSlots = kLag + 3;
 constexpr std::size_t kSlotBytes = std::size_t{128} << 10;
 
-// The segment's parts, by address.
+// Finds the parts of a segment.
 class Layout {
  public:
   Layout(char* base, std::size_t ranks) : base_(base), ranks_(ranks) {}
@@ -155,7 +159,7 @@ class Layout {
     return messages_begin(ranks) + 2 * ranks * ranks * sizeof(MessageLog);
   }
 
-  // Makes the objects in a segment's zeroed memory, but for the nonce that is there.
+  // Makes the objects in the zeroed memory of a segment, and keeps the nonce that is there.
   void construct() const;
 
   Header& header() const { return *reinterpret_cast<Header*>(base_); }

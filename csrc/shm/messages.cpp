@@ -2,7 +2,7 @@
 
 namespace fastddp::shm {
 
-// Null for one too many: those are not counted from the beginning.
+// Returns null for streams beyond the limit: they are never counted.
 Messages::Count* Messages::count_of(const Stream& stream) {
   if (counts_.size() >= kStreamsKept && !counts_.contains(stream)) return nullptr;
   return &counts_.try_emplace(stream, 0).first->second;
@@ -16,7 +16,7 @@ std::optional<std::uint64_t> Messages::announce(End end,
   last_count_ = count_of({end, peer, tag});
   if (last_count_ == nullptr || !last_count_->has_value()) return {};
   std::uint32_t& nth = **last_count_;
-  if (++nth == 0) ++nth;  // with tag 0 that would be an empty entry
+  if (++nth == 0) ++nth;  // with tag 0, number 0 would mean an empty entry
   const std::uint64_t message = std::uint64_t{tag} << 32 | nth;
   MessageLog& log = layout_.messages(me_, peer, end);
   last_ = &log.entries[written_[{end, peer}]++ % kMessagesKept];
@@ -27,7 +27,7 @@ std::optional<std::uint64_t> Messages::announce(End end,
   for (const MessageLog::Entry& theirs : layout_.messages(peer, me_, other).entries) {
     if (theirs.message != message) continue;
     const std::uint64_t their_bytes = theirs.bytes;
-    if (theirs.message == message) return their_bytes;  // not replaced meanwhile
+    if (theirs.message == message) return their_bytes;  // the entry was not replaced meanwhile
   }
   return {};
 }

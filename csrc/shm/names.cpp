@@ -1,4 +1,4 @@
-// What messages call a collective.
+// The names of collectives in messages.
 #include <cctype>
 #include <cstring>
 #include <string>

@@ -22,7 +22,7 @@
 namespace fastddp::shm {
 namespace {
 
-// pidfd_info of <linux/pidfd.h> (Linux 6.15), which headers of today mostly lack.
+// pidfd_info of <linux/pidfd.h> (Linux 6.15), which most systems' headers lack today.
 struct PidfdInfo {
   std::uint64_t mask;
   std::uint64_t cgroup_id;
@@ -41,7 +41,7 @@ std::string describe_end(int status) {
   return "exited with status " + std::to_string(WEXITSTATUS(status));
 }
 
-// The wait status of a process that has been collected.
+// Returns the wait status of a process that its parent has waited for.
 std::optional<int> end_once_collected(int pidfd) {
   PidfdInfo info{};
   info.mask = kInfoExit;
@@ -50,14 +50,14 @@ std::optional<int> end_once_collected(int pidfd) {
   return std::nullopt;
 }
 
-// The wait status of a process that ended, while nobody has collected it and after.
+// Returns the wait status of a process that ended, whether or not its parent has waited for it.
 std::optional<int> end_of(pid_t pid, int pidfd) {
   if (const auto status = end_once_collected(pidfd)) return status;
   // Fields after the parenthesised name: the state is the first, the exit code the last (proc(5)).
   std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
   std::string text((std::istreambuf_iterator<char>(file)), {});
   const auto after_name = text.rfind(')');
-  if (after_name == std::string::npos) return end_once_collected(pidfd);  // between the two looks
+  if (after_name == std::string::npos) return end_once_collected(pidfd);  // now waited for
   std::istringstream rest(text.substr(after_name + 1));
   const std::vector<std::string> fields{std::istream_iterator<std::string>(rest), {}};
   if (fields.size() < 50 || (fields.front() != "Z" && fields.front() != "X")) return std::nullopt;
@@ -99,7 +99,7 @@ std::string Process::describe() const {
 
 std::shared_ptr<const Process> process_of(const Address& heap) {
   struct Entry {
-    Nonce nonce;  // a number is given out again, a heap's nonce is not
+    Nonce nonce;  // pids are reused, the nonce of a heap is not
     std::weak_ptr<const Process> process;
   };
   static std::mutex mutex;

@@ -1,4 +1,5 @@
-// What can be known of another process on this host: whether it lives, is stopped, how it ended.
+// What can be known about another process on this host: whether it runs or is stopped, and how it
+// ended.
 #pragma once
 
 #include <sys/types.h>
@@ -17,19 +18,20 @@ class Process {
 
   bool ended() const;
 
-  // By a signal, as far as that can still be known.
+  // Whether a signal ended the process, as far as that can still be known.
   bool was_killed() const;
 
-  // "was killed by signal 9 (Killed)", "exited with status 1", "is stopped", ... For messages.
+  // Returns text for messages, such as "was killed by signal 9 (Killed)", "exited with status 1" or
+  // "is stopped".
   std::string describe() const;
 
  private:
   pid_t pid_;
-  Fd pidfd_;  // the number may be another process's by now, this is not
+  Fd pidfd_;  // the pid may be that of another process by now; this descriptor is not
 };
 
-// The process that has a heap, opened once however many groups it is in: one descriptor for each
-// would be many. Throws Error if there is no such process.
+// Returns the process that owns a heap. It is opened once for all groups that it is in, because a
+// descriptor for each group would be too many. Throws Error if there is no such process.
 std::shared_ptr<const Process> process_of(const Address& heap);
 
 }  // namespace fastddp::shm

@@ -54,7 +54,8 @@ Segment::Segment(Fd fd, std::size_t bytes) : fd_(std::move(fd)), size_(bytes) {
 }
 
 Segment Segment::create(const char* name, std::size_t bytes) {
-  // Where memfds have to say that they are not programs, and on kernels that do not know the word.
+  // With the flag that newer kernels may require (sysctl vm.memfd_noexec), and without it for older
+  // kernels, which do not know it.
   Fd fd(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING | kNoExec));
   if (fd.get() < 0) fd = Fd(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (fd.get() < 0) throw Error("memfd_create: " + reason());
@@ -79,7 +80,7 @@ Segment Segment::open(const Address& address) {
   if (status.st_uid != ::geteuid())
     throw Error(path + " belongs to user " + std::to_string(status.st_uid) + ", this process to " +
                 std::to_string(::geteuid()));
-  const int seals = ::fcntl(fd.get(), F_GET_SEALS);  // -1, all bits set, for other kinds of files
+  const int seals = ::fcntl(fd.get(), F_GET_SEALS);  // -1 for other kinds of files
   if (static_cast<std::uint64_t>(status.st_size) != address.bytes || seals < 0 ||
       (seals & kSeals) != kSeals) {
     throw Error(path + " is not the segment that was announced");

@@ -1,9 +1,9 @@
-// Anonymous shared memory: memfds, which no name leads to and which end with the last process that
-// has them open or mapped, however it ends.
+// Anonymous shared memory: memfds, which have no name in the file system and end with the last
+// process that has them open or mapped, however that process ends.
 //
-// A peer gets in through /proc/PID/fd/N. The kernel lets only processes of the same user (or more
-// privileged ones) through there; the nonce proves that what was opened is what was meant, since a
-// process number may be that of another process by then, or of one in another namespace.
+// A peer opens the segment through /proc/PID/fd/N, which the kernel allows only to processes of the
+// same user and to more privileged ones. The nonce proves that the peer has opened the right
+// segment, since the pid may belong to another process by then, or to one in another namespace.
 #pragma once
 
 #include <sys/types.h>
@@ -30,7 +30,7 @@ class Fd {
   int fd_;
 };
 
-// A number that nobody else draws.
+// A random number of 128 bits, which nobody else draws.
 struct Nonce {
   std::uint64_t high = 0;
   std::uint64_t low = 0;
@@ -39,7 +39,7 @@ struct Nonce {
   friend bool operator==(const Nonce&, const Nonce&) = default;
 };
 
-// What lets a peer open a segment.
+// What a peer needs to know to open a segment.
 struct Address {
   pid_t pid = 0;
   int fd = -1;
@@ -49,15 +49,15 @@ struct Address {
   friend bool operator==(const Address&, const Address&) = default;
 };
 
-// Owns a mapping of a segment, readable and writable, whose first bytes are its nonce.
+// Owns a readable and writable mapping of a segment. The first bytes of a segment are its nonce.
 class Segment {
  public:
-  // Makes a segment of `bytes`, zeroed, mode 0600, that can neither shrink nor grow (or an access
-  // could fault). Pages are taken from the system when they are first touched.
-  // Throws Error that names the size.
+  // Makes a zeroed segment of `bytes` bytes and mode 0600. It can neither shrink nor grow, because
+  // an access beyond its end would raise SIGBUS. Pages are taken from the system when they are
+  // first touched. Throws Error, with the size in its text.
   static Segment create(const char* name, std::size_t bytes);
 
-  // Maps a peer's. Throws Error that says what is in the way.
+  // Maps the segment of a peer. Throws Error, with the reason in its text.
   static Segment open(const Address& address);
 
   Segment() = default;
@@ -70,13 +70,15 @@ class Segment {
   char* data() const { return data_; }
   std::size_t size() const { return size_; }
 
-  // Valid until close_fd(), on the segment's maker only.
+  // Valid until close_fd(), and only in the process that made the segment.
   Address address() const;
 
-  // Once every peer has it mapped, nobody else needs to get in.
+  // Closes the descriptor. To be called once every peer has mapped the segment: from then on no
+  // other process can open it.
   void close_fd() { fd_ = Fd(); }
 
-  // Gives the pages of a range back to the system, for all who map it; they read as zeros then.
+  // Gives the pages of a range back to the system, for every process that maps the segment. The
+  // range then reads as zeros.
   void discard(std::size_t offset, std::size_t bytes) const;
 
  private:

@@ -1,4 +1,4 @@
-// From torch's names for element types to ours.
+// From torch's element types to those of this library.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,8 @@
 
 namespace fastddp {
 
-// None for a type that gradients do not have here; for a complex type that of its parts.
+// Returns the type of the real elements, also of a complex type. Returns nothing for types that
+// gradients here cannot have.
 inline std::optional<DType> dtype_of(at::ScalarType dtype) {
   switch (c10::toRealValueType(dtype)) {
     case at::kFloat:

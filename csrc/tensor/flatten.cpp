@@ -31,7 +31,7 @@ std::vector<Piece> addresses(const std::vector<FlatPiece>& pieces) {
   return result;
 }
 
-// In memory's order.
+// Returns the elements of a piece in the order of memory.
 at::Tensor as_vector(const FlatPiece& piece) { return piece.tensor.as_strided({piece.numel}, {1}); }
 
 }  // namespace

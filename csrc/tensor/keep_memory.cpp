@@ -22,8 +22,8 @@ namespace {
 
 using Clock = BlockCache::Clock;
 
-// To the system, not to malloc only: glibc keeps blocks of up to 32 MiB, in the midst of its heap,
-// once it has seen some of the kind.
+// Gives a block's pages to the system and not only to malloc: once it has freed blocks of up to
+// 32 MiB, glibc keeps such blocks inside its heap.
 void give_back(void* block, [[maybe_unused]] std::size_t bytes) {
 #ifdef __linux__
   static const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
@@ -44,13 +44,13 @@ struct Shared {
   BlockCache cache{&c10::alloc_cpu, &give_back, seconds(kPatienceSeconds)};
 };
 
-// Never destroyed: tensors outlive every static.
+// Never destroyed, because tensors outlive every static object.
 Shared& shared() {
   static Shared* const instance = [] {
     static Shared* const made = new Shared;
 #ifndef _WIN32
-    // A child has one thread only; were another one to hold the mutex at the fork, the child's
-    // first large tensor would wait for ever. (test_keep_memory.py)
+    // A forked child has only the thread that forked. If another thread held the mutex at the fork,
+    // the child's first large tensor would wait forever. (test_keep_memory.py)
     pthread_atfork([] { made->mutex.lock(); }, [] { made->mutex.unlock(); },
                    [] { made->mutex.unlock(); });
 #endif
@@ -69,8 +69,8 @@ void release(void* data) {
   c10::free_cpu(data);
 }
 
-// A job that goes on in small tensors only would never come to the cache; so now and then one of
-// them does, seldom enough to cost nothing.
+// A job that goes on with small tensors only would never call the cache, and idle blocks would
+// stay. So one in kEvery small allocations calls it, which is rare enough to cost nothing.
 void decay_at_times() {
   constexpr unsigned kEvery = 256;
   static thread_local unsigned calls = 0;
@@ -79,8 +79,8 @@ void decay_at_times() {
   shared().cache.decay(Clock::now());
 }
 
-// Torch's default allocator, with the cache in front of large blocks. As there, the data pointer is
-// the deleter's context too, which raw_allocate() relies on.
+// Torch's default allocator, with the cache in front of it for large blocks. As in that allocator,
+// the data pointer is also the deleter's context, which raw_allocate() relies on.
 class KeepingAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(std::size_t bytes) override {

@@ -1,4 +1,4 @@
-// A parameter's shape, layout, dtype and device at one time.
+// A parameter's shape, strides, dtype and device as they were at one time.
 #pragma once
 
 #include <ATen/ATen.h>

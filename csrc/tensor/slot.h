@@ -1,4 +1,5 @@
-// A gradient's way into its slot of a bucket: any layout, any number of threads, the same bits.
+// How a gradient gets into its slot of a bucket, with the same bits for any layout and any number
+// of threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,8 +17,8 @@
 
 namespace fastddp {
 
-// Above this many elements torch's own kernel is used where it may run on several threads; the bits
-// are the same.
+// From this many elements on, torch's own kernel is used where it may run on several threads. The
+// bits are the same.
 inline constexpr std::int64_t kParallelNumel = 1 << 15;
 
 inline at::Tensor as_real(const at::Tensor& tensor) {
@@ -28,14 +29,15 @@ inline std::size_t real_numel(const at::Tensor& tensor) {
   return static_cast<std::size_t>(tensor.numel()) * (tensor.is_complex() ? 2 : 1);
 }
 
-// The gradient with its values in memory: a lazy conjugation or negation is only a bit on the
-// tensor.
+// Returns the gradient with its values in memory: a lazy conjugation or negation is only a bit on
+// the tensor, which a flat loop would miss.
 inline at::Tensor resolved(const at::Tensor& grad) {
   return grad.is_conj() || grad.is_neg() ? grad.resolve_conj().resolve_neg() : grad;
 }
 
-// Whether the two hold their elements in the same places, so that one flat loop runs over both.
-// Autograd goes by the parameter's strides, but for dimensions of size 1, where they mean nothing.
+// Whether both tensors hold their elements in the same order, so that one flat loop runs over both.
+// Autograd gives a gradient the parameter's strides, except in dimensions of size 1, where strides
+// mean nothing.
 inline bool lies_like(const at::Tensor& place, const at::Tensor& grad) {
   if (place.sizes() != grad.sizes() || !place.is_non_overlapping_and_dense()) return false;
   for (std::int64_t dim = 0; dim < place.dim(); ++dim) {
@@ -50,7 +52,8 @@ inline bool runs_flat(const at::Tensor& place, const at::Tensor& grad) {
          lies_like(place, grad) && (grad.numel() < kParallelNumel || at::get_num_threads() == 1);
 }
 
-// A gradient that changes its dtype is scaled in float.
+// Returns the gradient in the dtype in which it is scaled: float if a 16-bit gradient changes its
+// dtype, else its own.
 inline at::Tensor widened(const at::Tensor& grad, const at::Tensor& place) {
   const bool is_cast = grad.scalar_type() != place.scalar_type();
   return is_cast && grad.element_size() < 4 ? grad.to(at::kFloat) : grad;
@@ -79,10 +82,10 @@ inline void add(const at::Tensor& place, const at::Tensor& lazy_grad, double sca
   }
 }
 
-// The part of `flat` that is the gradient of a parameter of that layout: in its shape, and with its
-// strides unless `contiguous`. The strides are those that the ranks have compared; the parameter's
-// may be others by now, on this rank alone. Shares the bucket's storage but is not a view to
-// autograd, so `grad.detach_()` and the like work on it.
+// Returns the part of `flat` that is the gradient of a parameter with layout `like`: in the same
+// shape, and with the same strides unless `contiguous`. `like` is what the ranks have compared; the
+// parameter may have other strides by now, on this rank alone. The result shares the bucket's
+// storage but is not a view to autograd, so `grad.detach_()` and the like work on it.
 inline at::Tensor make_slot(const at::Tensor& flat,
                             const SlotPlan& slot,
                             const Layout& like,
@@ -97,10 +100,10 @@ inline at::Tensor make_slot(const at::Tensor& flat,
   return result;
 }
 
-// How many tensors and other objects refer to a tensor's memory.
+// Returns how many tensors and other objects refer to a tensor's memory.
 inline std::size_t num_references(const at::Tensor& tensor) {
   const auto count_one = [](const auto& slot) -> std::size_t {
-    // Python's object for the memory counts as long as it is kept, though nobody may refer to it.
+    // Torch keeps a Python object for the memory, which counts although nobody may refer to it.
     if constexpr (requires { slot.has_unique_reference(); }) {
       return slot.has_unique_reference() ? 1 : 0;
     } else {
@@ -117,22 +120,22 @@ inline bool is_alias(const at::Tensor& grad, const at::Tensor& slot) {
   return slot.numel() == 0 || grad.const_data_ptr() == slot.const_data_ptr();
 }
 
-// Whether the script has left the alias of a slot as it got it.
+// Whether the script has left the alias of a slot unchanged.
 inline bool is_as_handed_out(const at::Tensor& grad, const at::Tensor& slot) {
   return is_alias(grad, slot) && grad.sizes() == slot.sizes() && grad.strides() == slot.strides() &&
          grad.scalar_type() == slot.scalar_type() && !grad.requires_grad() && !grad.is_conj() &&
          !grad.is_neg();
 }
 
-// Asks for a tensor's description to be brought to the cache.
+// Asks the processor to load a tensor's description into the cache.
 inline void prefetch(const at::Tensor& tensor) {
   const auto* begin = reinterpret_cast<const char*>(tensor.unsafeGetTensorImpl());
   for (std::size_t offset = 0; offset < sizeof(at::TensorImpl); offset += 64)
     __builtin_prefetch(begin + offset);
 }
 
-// The same part of another flat buffer, which may have another real dtype; shaped and strided as
-// the real `slot`.
+// Returns the same part of another flat buffer, which may have another real dtype, with the shape
+// and strides of `slot`, which has to be real.
 inline at::Tensor make_place(const at::Tensor& slot, const at::Tensor& wire, const SlotPlan& plan) {
   return wire.as_strided(slot.sizes(), slot.strides(), plan.offset);
 }

@@ -1,8 +1,8 @@
-// Order among the streams of a device, in terms that hold for any accelerator; on the CPU, which
-// has none, nothing here does anything.
+// Order among the streams of a device, for any accelerator. On the CPU, which has no streams, these
+// functions do nothing.
 //
-// Autograd runs a hook on the stream that its parameter's gradient belongs to, so one bucket may be
-// filled from several. Whoever reads it has to wait for each of them. (tests/streams)
+// Autograd runs a hook on the stream that the parameter's gradient belongs to, so one bucket may be
+// filled from several streams. A reader of the bucket has to wait for each of them. (tests/streams)
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,14 +23,14 @@ inline c10::Stream current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
-// Returns once the device has done all that the current stream was given. Seldom: it stops the
-// host.
+// Returns once the device has done all the work of the current stream. To be used rarely, because
+// it stops the host.
 inline void drain_current_stream(c10::Device device) {
   if (has_streams(device))
     c10::impl::VirtualGuardImpl(device.type()).synchronizeStream(current_stream(device));
 }
 
-// Whether what is launched now is recorded into a graph and not run.
+// Whether the current stream records work into a graph instead of running it.
 inline bool is_capturing(c10::Device device) {
   if (!has_streams(device)) return false;
   const auto ask = [device](const auto& guard) {
@@ -48,13 +48,13 @@ inline bool is_capturing(c10::Device device) {
   return ask(*c10::impl::getDeviceGuardImpl(device.type()));
 }
 
-// Keeps the memory of a tensor from being used anew before `stream` is done with it.
+// Keeps the memory of a tensor from being used for another one before `stream` is done with it.
 inline void outlive(const at::Tensor& tensor, c10::Stream stream) {
   at::Tensor handle = tensor;
   handle.record_stream(stream);
 }
 
-// The streams that have worked on something.
+// The streams that have worked on one piece of memory.
 class Touched {
  public:
   void by_current(c10::Device device) {
@@ -64,7 +64,8 @@ class Touched {
       streams_.push_back(stream);
   }
 
-  // Has the current stream wait for the others' work so far, and goes on as touched by it alone.
+  // Makes the current stream wait for the work of the other streams so far. From then on only the
+  // current stream counts as having touched the memory.
   void by_current_after_all(c10::Device device) {
     if (!has_streams(device)) return;
     const c10::Stream stream = current_stream(device);

@@ -19,10 +19,10 @@ using fastddp::BlockCache;
 
 namespace {
 
-// What the caches below hold of the system's memory, by block.
+// The blocks that the caches below hold of the system's memory, with their sizes.
 std::unordered_map<void*, std::size_t> held;
 std::size_t held_bytes = 0;
-std::size_t num_taken = 0;  // ever
+std::size_t num_taken = 0;  // in total
 std::size_t system_bytes = SIZE_MAX;
 
 void* take(std::size_t bytes) {
@@ -43,7 +43,7 @@ void give(void* block, std::size_t bytes) {
 
 constexpr auto kPatience = std::chrono::seconds(30);
 
-// A cache whose time passes when a test says so.
+// A cache with a clock that a test moves.
 struct TimedCache : BlockCache {
   TimedCache() : BlockCache(&take, &give, kPatience) {}
   void* allocate(std::size_t bytes) { return BlockCache::allocate(bytes, now); }
@@ -144,7 +144,7 @@ TEST(a_block_that_is_not_asked_for_is_given_back_in_time) {
   }
   cache.decay_after(std::chrono::seconds(1));
   CHECK(held_bytes == 1000);
-  cache.decay_after(kPatience);  // with nothing asked for at all
+  cache.decay_after(kPatience);  // without any request
   CHECK(held_bytes == 0 && cache.idle() == 0);
 }
 
@@ -152,7 +152,7 @@ TEST(a_peak_that_does_not_come_again_leaves_no_room_for_idle_blocks) {
   TimedCache cache;
   CHECK(cache.release(cache.allocate(6000)));  // a checkpoint
   std::size_t size = 100;
-  const auto step = [&] {  // of sizes that never fit what is idle
+  const auto step = [&] {  // with sizes that never fit an idle block
     size = size < 200 ? size * 6 / 5 : 100;
     CHECK(cache.release(cache.allocate(size)));
     cache.decay_after(kPatience / 10);
@@ -200,7 +200,7 @@ TEST(steps_find_their_blocks_however_often_others_come_between) {
   cache.trim();
 }
 
-// As the one rule says: the smallest block that fits and, among equals, the last one freed.
+// A plain version of the rule: the smallest block that fits and, among equals, the one freed last.
 TEST(it_takes_what_a_search_of_all_blocks_finds) {
   TimedCache cache;
   struct Idle {
@@ -217,7 +217,7 @@ TEST(it_takes_what_a_search_of_all_blocks_finds) {
     return best;
   };
   std::mt19937 random(5);
-  void* const room = cache.allocate(1000000);  // so that none is driven out
+  void* const room = cache.allocate(1000000);  // so that no block is evicted
   for (int i = 0; i < 20000; ++i) {
     if (in_use.empty() || random() % 2 == 0) {
       const std::size_t bytes = 100 + random() % 50;

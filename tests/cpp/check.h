@@ -1,4 +1,4 @@
-// The least a test needs: CHECK, TEST, and a main that counts.
+// A minimal test framework: CHECK, TEST, and a main that runs and counts the tests.
 #pragma once
 
 #include <cstdio>

@@ -41,7 +41,7 @@ std::vector<std::int64_t> iota(std::size_t size) {
   return order;
 }
 
-// The next bucket if it is full.
+// Returns the next bucket if it is full.
 std::size_t pop_full(ReadyTracker& tracker) {
   return tracker.is_next_full() ? tracker.pop() : ReadyTracker::kNone;
 }
@@ -63,7 +63,7 @@ TEST(small_parameters_share_a_bucket_at_aligned_offsets) {
 
 TEST(a_bucket_is_closed_once_it_holds_its_cap) {
   const auto plan = plan_buckets({floats(4), floats(4), floats(4), floats(4)}, iota(4), {16, 32});
-  CHECK(plan.size() == 3);  // 16 bytes, then 32, then what is left
+  CHECK(plan.size() == 3);  // 16 bytes, then 32, then the rest
   CHECK(plan[0].slots.size() == 1);
   CHECK(plan[1].slots.size() == 2);
   CHECK(plan[2].slots.size() == 1);
@@ -205,7 +205,7 @@ TEST(schedules_try_both_in_turn_and_keep_what_all_find_faster) {
       const bool early = schedule.begin();
       CHECK(!schedule.is_due());
       ++tried[early ? 1 : 0];
-      // The first of each is slow, as first rounds are; noise is not what decides.
+      // The first round of each kind is slow, as first rounds are; noise must not decide.
       const double noise = tried[early ? 1 : 0] == 1 ? 1000.0 : 10.0;
       schedule.add(early, noise + (early == early_is_faster ? 0.0 : 1.0));
     }

@@ -1,4 +1,4 @@
-// That the stand-in sees what it is there to see.
+// Tests that the stand-in for CUDA finds the faults that it is meant to find.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -27,7 +27,7 @@ __global__ void number(unsigned* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] += 1000 * blockIdx.x + threadIdx.x;
 }
 
-// Each thread's neighbours on a ring, one to the right and then one to the left.
+// Each thread reads its neighbours on a ring, first the right one and then the left one.
 template <bool kBarriers>
 __global__ void pass_on(unsigned* out) {
   __shared__ unsigned values[kThreads];

@@ -1,6 +1,6 @@
-// Tensors and a flat buffer for the tests of the fused flatten, each in an allocation of its exact
-// size, so that AddressSanitizer sees one element too many; and what a pass has to write, computed
-// in double.
+// Tensors and a flat buffer for the tests of the fused flatten, and the values that a pass has to
+// write, computed in double. Each is an allocation of its exact size, so that AddressSanitizer sees
+// one element too many.
 #pragma once
 
 #include <algorithm>
@@ -75,7 +75,7 @@ inline void store(DType dtype, void* data, std::int64_t index, double value) {
 }
 
 // The nearest number with `bits` bits behind the point and exponents of at least `least`; ties to
-// even. Written from the definition, for core/half.h is part of what is tested.
+// even. Written from the definition, because core/half.h is part of what is tested.
 inline double nearest(double value, int bits, int least, double greatest) {
   if (value == 0 || !std::isfinite(value)) return value;
   const double quantum = std::ldexp(1.0, std::max(std::ilogb(value), least) - bits);
@@ -127,7 +127,7 @@ class FlattenCase {
     for (std::int64_t i = 0; i < numel_; ++i) store(flat_, flat_data_, i, kUntouched);
   }
 
-  // Every place holds its tensor scaled, everything between is as it was.
+  // Whether every place holds its tensor, scaled, and everything between the places is unchanged.
   bool flat_is_scaled(double scale) const {
     std::int64_t at = 0;
     for (const Piece& piece : pieces_) {
@@ -151,7 +151,7 @@ class FlattenCase {
     return true;
   }
 
-  // Of all places, in double.
+  // The sum over all places, in double.
   Moments moments() const {
     Moments sum{0, 1};
     for (const Piece& piece : pieces_) {

@@ -59,7 +59,7 @@ void check_cover(const std::vector<Piece>& pieces,
   CHECK(at == pieces.size());
 }
 
-// Of a flatten to, and an unflatten from, a flat buffer of that dtype.
+// Checks a flatten to a flat buffer of that dtype, and an unflatten from it.
 void check_cover(const std::vector<Piece>& pieces, DType piece, DType flat) {
   check_cover(pieces, piece, piece, flatten_launches({piece, flat, 1}, pieces));
   check_cover(pieces, piece, flat, unflatten_launches({piece, flat, 1}, pieces));

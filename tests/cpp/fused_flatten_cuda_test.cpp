@@ -1,6 +1,6 @@
-// The kernels' own wrappers, on the CPU through cuda_standin/, against the loops of
-// fused_flatten_cpu.cpp: same bits, for both run the same functions. What those functions compute
-// is tested in fused_flatten_test.cpp.
+// Compares the wrappers of the kernels, which run on the CPU through cuda_standin/, with the loops
+// of fused_flatten_cpu.cpp. Both run the same functions, so the bits have to be the same. What
+// those functions compute is tested in fused_flatten_test.cpp.
 #include "kernels/fused_flatten.cu"
 
 #include <algorithm>
@@ -20,7 +20,8 @@ constexpr double kThird = 1.0 / 3;
 bool same_bits(const Moments& a, const Moments& b) { return std::memcmp(&a, &b, sizeof a) == 0; }
 
 Moments flatten_on_gpu(FlattenCase& test, double scale) {
-  // Exactly as much as is asked for; "device memory" of NaNs, as what is not written should be.
+  // Exactly as much scratch as asked for. It holds NaNs, which show where it is read but not
+  // written.
   std::vector<float> scratch(cuda::moments_scratch(test.pieces()), std::nanf(""));
   Moments moments{-1, -1};
   cuda::fused_flatten(test.pass(scale), test.pieces(), test.flat(), nullptr, &moments,

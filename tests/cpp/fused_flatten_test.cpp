@@ -70,7 +70,7 @@ TEST(a_null_piece_is_zeros_whatever_the_scale) {
 
 TEST(a_tensor_in_its_own_place_is_scaled_there) {
   for (const auto& [piece, flat] : all_pairs()) {
-    if (size_of(piece) != size_of(flat)) continue;  // cannot lie in its place exactly
+    if (size_of(piece) != size_of(flat)) continue;  // it cannot be its own place
     FlattenCase test(piece, flat, edge_sizes(chunk_numel(piece)), {1, 1});
     FlattenCase in_place(piece, flat, edge_sizes(chunk_numel(piece)), {1, 1});
     for (std::size_t i = 0; i < test.pieces().size(); ++i) {

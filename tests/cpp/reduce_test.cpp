@@ -22,7 +22,7 @@ using fastddp::Reduction;
 
 namespace {
 
-constexpr double kDivisor = 3;  // no power of two, so that a product with its reciprocal differs
+constexpr double kDivisor = 3;  // not a power of two, so multiplying by its reciprocal would differ
 constexpr Element kElements[] = {
     Element::kFloat32, Element::kFloat64, Element::kFloat16, Element::kBFloat16, Element::kInt8,
     Element::kUInt8,   Element::kInt16,   Element::kInt32,   Element::kInt64,    Element::kBool};
@@ -34,7 +34,7 @@ bool is_floating(Element element) { return element <= Element::kBFloat16; }
 
 bool is_bitwise(Reduction reduction) { return reduction >= Reduction::kBand; }
 
-// The reference: one element at a time, in the plainest words.
+// The reference: one element at a time, as simply as possible.
 
 template <typename T>
 T combine_floating(Reduction reduction, T a, T b) {
@@ -121,7 +121,7 @@ void fold_integer(Reduction reduction, unsigned char* dst, const Sources& srcs) 
   fold<T, T>(dst, srcs, same, combine, same);
 }
 
-// One element of the result.
+// Returns one element of the result.
 void expect(Element element, Reduction reduction, unsigned char* dst, const Sources& srcs) {
   switch (element) {
     case Element::kFloat32: {
@@ -174,8 +174,8 @@ bool is_nan(Element element, const unsigned char* memory) {
   }
 }
 
-// Several ranks' memory, each in an allocation that ends where its elements do (for ASan), after
-// `offset` elements that must not change.
+// The memory of several ranks. Each is an allocation that ends with its elements, so that ASan sees
+// one element too many; `offset` elements in front of them must not change.
 class Ranks {
  public:
   Ranks(Element element, std::size_t num_ranks, std::size_t numel, std::size_t offset)
@@ -202,7 +202,7 @@ class Ranks {
   std::vector<std::vector<unsigned char>> memory_;
 };
 
-// Random bits: every kind of number, NaNs and subnormals included.
+// Fills memory with random bits: every kind of number, including NaNs and subnormals.
 void fill(Element element, unsigned char* memory, std::size_t numel, std::mt19937& random) {
   for (std::size_t i = 0; i < numel * size_of(element); ++i)
     memory[i] = static_cast<unsigned char>(element == Element::kBool ? random() & 1 : random());
@@ -218,7 +218,7 @@ void check_equal(Element element,
           (is_nan(element, actual) && is_nan(element, expected)));
 }
 
-// Reduces random memory, in place or into `num_dsts` others, and compares.
+// Reduces random memory, in place or into `num_dsts` destinations, and compares.
 void check_reduce(Element element,
                   Reduction reduction,
                   Isa isa,
@@ -348,7 +348,7 @@ TEST(sixteen_bit_floats_agree_with_half_h_for_every_bit_pattern) {
             expect(element, reduction, reinterpret_cast<unsigned char*>(&expected[i]),
                    {reinterpret_cast<const unsigned char*>(&first[i]),
                     reinterpret_cast<const unsigned char*>(&second[i])});
-          CHECK(actual == expected);  // only one operand is NaN, so its bits too
+          CHECK(actual == expected);  // only one operand is a NaN, so even its bits are fixed
         }
 }
 

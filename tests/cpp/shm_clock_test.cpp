@@ -24,7 +24,7 @@ using std::chrono::steady_clock;
 
 namespace {
 
-// A call of which every part tells its number, so that parts of two calls show.
+// Makes a call of which every member depends on the number, so that a mixture of two calls shows.
 Call numbered(Time number) {
   return {.kind = static_cast<Kind>(number % 10),
           .element = static_cast<Element>(number % 7),
@@ -77,7 +77,7 @@ TEST(sleeping_and_spinning_end_with_their_limit) {
   CHECK(clock.spin(1, milliseconds(0)));
 }
 
-// With sleeps of 100 seconds, a wake-up that is lost is a test that does not end.
+// Sleeps take up to 100 seconds, so a lost wake-up makes the test time out.
 TEST(no_wake_up_is_lost) {
   constexpr Time kTimes = 20000;
   Clock left;

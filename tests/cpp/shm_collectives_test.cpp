@@ -1,4 +1,4 @@
-// What the collectives compute; ranks are threads.
+// The results of the collectives. Ranks are threads.
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -26,7 +26,7 @@ namespace {
 
 constexpr std::size_t kRanks[] = {1, 2, 3, 4, 5, 8};
 
-// Around the bytes that travel with the first step, and around one and many slots.
+// Lengths around the size that travels with the first step, and around one and many slots.
 std::vector<std::size_t> numels_of(std::size_t element_bytes, std::size_t slot_bytes) {
   const std::size_t few = (std::size_t{8} << 10) / element_bytes;
   const std::size_t slot = slot_bytes / element_bytes;
@@ -110,7 +110,7 @@ TEST(every_element_and_reduction_on_every_path) {
   }
 }
 
-// Values whose float sum depends on the order: on every path it is that of the ranks.
+// Values with a float sum that depends on the order, which is that of the ranks on every path.
 TEST(sums_are_taken_in_the_order_of_the_ranks) {
   const std::vector<float> values{1.0f, 0x1p-24f, 0x1p-24f, 1e8f, -1e8f};
   for (const std::size_t numel : {std::size_t{3}, std::size_t{5000}, std::size_t{70000}}) {
@@ -127,7 +127,7 @@ TEST(sums_are_taken_in_the_order_of_the_ranks) {
   }
 }
 
-// Another host that has the same values as this one.
+// A stand-in for other hosts that have the same values as this one.
 class SameThere final : public fastddp::shm::CrossHosts {
  public:
   void compare(const fastddp::shm::Call& call) override { compared_ = call.numel; }
@@ -209,8 +209,8 @@ TEST(random_sequences_at_random_paces) {
   }
 }
 
-// One rank after the other is late again and again, with one collective following another at once:
-// what it has still to read may not be overwritten.
+// Each rank in turn is late again and again, while collectives follow each other without a pause:
+// slots that the late rank still has to read must not be overwritten.
 TEST(slots_wait_for_the_slowest_reader) {
   check_none(run_threads(4, [](Rank& rank) {
     for (std::size_t i = 0; i < 200; ++i) {

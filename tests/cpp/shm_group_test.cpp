@@ -1,4 +1,4 @@
-// How groups go in step and how they fail; ranks are threads.
+// How the ranks of a group keep step, and how groups fail. Ranks are threads.
 #include <unistd.h>
 
 #include <algorithm>
@@ -41,7 +41,7 @@ void sum_of(Rank& rank, float* data, std::size_t numel) {
   rank.collectives.all_reduce({data, numel, Element::kFloat32}, Reduction::kSum, 1, soon());
 }
 
-// Rank 1 does `odd`, the others `even`. All have to throw, with both in the text.
+// Rank 1 calls `odd`, the others `even`. All have to throw, with both texts in the message.
 void check_mismatch(Action even,
                     const std::string& even_text,
                     Action odd,
@@ -57,7 +57,7 @@ void check_mismatch(Action even,
       try {
         (rank.me == 1 ? odd : even)(rank, data);
       } catch (const Error& error) {
-        // Nothing may have been written over.
+        // No operand may have been overwritten.
         CHECK(std::all_of(data, data + 3 * kNumel, [](float value) { return value == 1.0f; }));
         throw;
       }
@@ -229,7 +229,7 @@ TEST(one_that_is_many_handed_on_calls_ahead_is_known_to_have_agreed) {
     ranks::check_none(run_threads(3, [&](Rank& rank) {
       rank.collectives.barrier(soon());
       if (rank.me == 0) {
-        // As barrier(), but for losing the core between the step and the comparison.
+        // Like barrier(), but the rank loses its core between the step and the comparison.
         rank.group.begin({.kind = Kind::kBarrier}, soon());
         const Time step = rank.group.advance();
         wait_until([&] { return finished == 2; });
@@ -485,7 +485,7 @@ TEST(pieces_are_for_what_crosses_hosts_only) {
     CHECK(has(error, "rank 1 announced " + std::to_string(staging) + " bytes for pieces"));
 }
 
-// Never called: who is asked to cross has found nothing wrong.
+// Never called: the ranks have to find the fault before they cross hosts.
 class Nowhere final : public fastddp::shm::CrossHosts {
  public:
   void compare(const fastddp::shm::Call&) override { CHECK(false); }

@@ -37,7 +37,7 @@ std::size_t resident_bytes() {
   return static_cast<std::size_t>(status.st_blocks) * 512;
 }
 
-// Runs `body` in a child, where it has a heap of its own; true if it threw nothing.
+// Runs `body` in a child process with its own heap. Returns whether it threw nothing.
 template <typename Body>
 bool holds_in_child(const Body& body) {
   const pid_t pid = ::fork();
@@ -156,7 +156,7 @@ TEST(an_empty_block_is_a_block) {
   CHECK(first != second && first != nullptr);
   Heap::mine().free(first);
   Heap::mine().free(second);
-  Heap::mine().free(second);  // not one any more, and so no effect
+  Heap::mine().free(second);  // no longer a block, so this has no effect
   CHECK(Heap::mine().used() == 0);
 }
 
@@ -198,7 +198,7 @@ TEST(retired_blocks_give_memory_back_but_are_not_used_again) {
     char* const other = allocate(page());
     Heap::mine().retire(static_cast<std::uint64_t>(block - Heap::mine().data()) + 7);
     Heap::mine().retire(Heap::mine().size() - 1);  // in no block
-    // Only that one: others are used again.
+    // Only that block is retired: others are used again.
     Heap::mine().free(other);
     CHECK(allocate(page()) == other);
     Heap::mine().free(other);

@@ -20,7 +20,7 @@ namespace {
 
 constexpr std::optional<std::uint64_t> kNothing;
 
-// Rank 0 sends, rank 1 receives, rank 2 is another one.
+// Rank 0 sends, rank 1 receives, and rank 2 takes no part.
 struct Ends {
   const fastddp::shm::Segment control = ranks::make_control(3);
   const Layout layout{control.data(), 3};

@@ -1,4 +1,4 @@
-// Operands of collectives for tests, in the heap or elsewhere, and what has to come out of them.
+// Operands of collectives for tests, in the heap or elsewhere, and the expected results.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@ struct Case {
   Reduction reduction;
 };
 
-// The kernels have tests of their own; here each width of element is moved, and each way in which a
-// result can depend on the ranks is seen.
+// The kernels have their own tests. These cases move each width of element, and cover each way in
+// which a result can depend on the ranks.
 inline constexpr Case kCases[] = {
     {Element::kFloat32, Reduction::kSum},  {Element::kFloat64, Reduction::kSum},
     {Element::kBFloat16, Reduction::kAvg}, {Element::kFloat16, Reduction::kSum},
@@ -122,8 +122,8 @@ class Buffer {
   char* data() const { return data_; }
   fastddp::shm::Operand operand() const { return {data_, numel_, element_}; }
 
-  // Elements are written and compared in a period that no size of a chunk is a multiple of, so that
-  // what is out of place is wrong; many periods at a time, as sanitizers take long for single ones.
+  // Elements repeat with a period that divides no chunk size, so that a misplaced element is wrong.
+  // Many periods are written and compared at a time, because sanitizers make single ones slow.
   void fill(std::size_t begin, std::size_t numel, const std::vector<double>& period) {
     for_blocks(begin, numel, period, [](char* data, const char* expected, std::size_t bytes) {
       std::memcpy(data, expected, bytes);
@@ -266,8 +266,8 @@ inline void reduce_scatter(Rank& rank,
     input.check(k * numel, numel, values(rank.me, seed + k));
 }
 
-// One collective of a random sequence that all ranks draw alike from `shared`; where the operands
-// lie each rank draws for itself.
+// One collective of a random sequence. All ranks draw the same one from `shared`; each rank draws
+// for itself where its operands lie.
 inline void random_collective(Rank& rank, std::mt19937& shared, std::mt19937& own) {
   static constexpr std::size_t kNumels[] = {0, 1, 5, 100, 1023, 2049, 20000, 70001};
   const std::size_t numel = kNumels[shared() % std::size(kNumels)];

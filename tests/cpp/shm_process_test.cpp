@@ -82,7 +82,8 @@ TEST(whoever_is_left_hears_who_was_killed_and_how) {
     ranks::wait_until([&] { return processes.board().progress >= 5; });
     std::this_thread::sleep_for(std::chrono::microseconds(random() % 30000));
     processes.signal(victim, SIGKILL);
-    // Collected at once in every other trial: its exit is known all the same, since Linux 6.15.
+    // Every other trial waits for the process at once: since Linux 6.15 its exit is known even
+    // then.
     if (trial % 2 == 0) CHECK(WIFSIGNALED(processes.wait(victim)));
     const auto begin = steady_clock::now();
     for (std::size_t i = 0; i < count; ++i) {

@@ -37,7 +37,7 @@ namespace shm = fastddp::shm;
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-// Longer than any test may wait for what does come.
+// A deadline that no test reaches unless something hangs.
 inline shm::Deadline soon() { return steady_clock::now() + std::chrono::seconds(30); }
 inline shm::Deadline in(milliseconds time) { return steady_clock::now() + time; }
 
@@ -50,7 +50,7 @@ inline std::ptrdiff_t count_open_files() {
   return std::distance(begin(files), end(files));
 }
 
-// Waits for another thread or process.
+// Waits until another thread or process has made the condition true.
 template <typename Condition>
 void wait_until(const Condition& condition) {
   const auto end = soon();
@@ -74,8 +74,8 @@ inline shm::Segment make_control(std::size_t ranks) {
   return segment;
 }
 
-// Returns what each rank threw, empty where it threw nothing. A rank that throws breaks the group,
-// so that no other waits for it.
+// Returns the text of what each rank threw, or an empty one. A rank that throws breaks the group,
+// so that no other rank waits for it.
 inline std::vector<std::string> run_threads(std::size_t ranks, const Body& body) {
   const shm::Segment control = make_control(ranks);
   const shm::Layout layout(control.data(), ranks);
@@ -109,7 +109,7 @@ inline void check_none(const std::vector<std::string>& errors) {
   }
 }
 
-// What the processes of a test share from before the fork.
+// The memory that the processes of a test share from before the fork.
 struct Board {
   static constexpr std::size_t kRanks = 8;
   std::atomic<std::size_t> ready{0};
@@ -119,7 +119,7 @@ struct Board {
   std::array<std::array<char, 4096>, kRanks> errors;
 };
 
-// Ranks as processes. To be made before the test has threads.
+// Ranks as processes. To be made before the test has threads, because it forks.
 class Processes {
  public:
   Processes(std::size_t ranks, const std::function<void(Rank&, Board&)>& body)
@@ -150,7 +150,7 @@ class Processes {
   Board& board() { return *board_; }
   void signal(std::size_t rank, int number) { ::kill(pids_[rank], number); }
 
-  // Waits for a rank to end; returns how.
+  // Waits for a rank to end. Returns the wait status.
   int wait(std::size_t rank) {
     int status = 0;
     while (::waitpid(pids_[rank], &status, 0) < 0 && errno == EINTR) {
@@ -159,7 +159,7 @@ class Processes {
     return status;
   }
 
-  // Waits for one that should end by itself; returns what it threw, empty if nothing.
+  // Waits for a rank that should end by itself. Returns the text of what it threw, or an empty one.
   std::string error_of(std::size_t rank) {
     const int status = wait(rank);
     if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)

@@ -155,7 +155,7 @@ TEST(how_a_process_ended_is_told_before_and_after_it_is_collected) {
   CHECK(ranks::has(process.describe(), "was killed by signal 9 (Killed"));
   ::waitpid(pid, nullptr, 0);
   CHECK(process.ended());
-  // The kernel tells the status of a collected process since Linux 6.15.
+  // Since Linux 6.15, the kernel also tells the status of a process that its parent has waited for.
   const std::string text = process.describe();
   CHECK(ranks::has(text, "was killed by signal 9 (Killed") || ranks::has(text, "has ended"));
   CHECK_THROWS(Process(dead_process()), Error);

@@ -6,8 +6,8 @@ namespace fastddp::shm {
 
 namespace {
 
-// Up to this many ranks each reduces whole chunks for itself; above, reading all ranks' slots takes
-// longer than the other way's second copy.
+// With up to this many ranks, each rank reduces whole chunks for itself. With more, reading the
+// slots of all ranks takes longer than the second copy that reducing in shares costs.
 constexpr std::size_t kFewRanks = 3;
 
 }  // namespace
@@ -38,7 +38,7 @@ void Collectives::all_reduce(const Operand& operand,
   group_.await_all(group_.advance());
 }
 
-// Each rank copies chunks in and reduces them from all ranks' slots for itself.
+// Each rank copies its chunks into slots and reduces all ranks' slots for itself.
 void Collectives::reduce_in_chunks(const Operand& operand, Reduce reduce, double divisor) {
   const std::size_t bytes = size_of(operand.element);
   const std::size_t chunk = kSlotBytes / bytes;
@@ -59,8 +59,8 @@ void Collectives::reduce_in_chunks(const Operand& operand, Reduce reduce, double
   go_in_chunks(count, fill, drain);
 }
 
-// Each rank copies a chunk in, reduces its share of the chunk before, and copies the one before
-// that out, of which every rank has reduced a share by then.
+// In each step a rank copies a chunk into a slot, reduces its share of the chunk before, and copies
+// out the chunk before that one, of which every rank has reduced its share by then.
 void Collectives::reduce_in_shares(const Operand& operand, Reduce reduce, double divisor) {
   const std::size_t bytes = size_of(operand.element);
   const std::size_t chunk = kSlotBytes / bytes;

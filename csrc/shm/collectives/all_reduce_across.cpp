@@ -5,7 +5,8 @@
 namespace fastddp::shm {
 
 // While a piece is on the wire, the piece after it is reduced and the piece before it is copied
-// out. Pieces are the same wherever the operands lie: the hosts do not know that of each other.
+// out. Pieces are the same wherever the operands lie, because hosts do not know where the operands
+// of other hosts lie.
 void Collectives::all_reduce_across(const Operand& operand,
                                     Reduction reduction,
                                     double divisor,
@@ -36,7 +37,7 @@ void Collectives::all_reduce_across(const Operand& operand,
     return base + (in_stages ? i % kStagedPieces : i) * kPieceBytes;
   };
   std::vector<void*> parts(group_.size());
-  const auto find_parts = [&](std::size_t i) {  // this rank's share of a piece, on all ranks
+  const auto find_parts = [&](std::size_t i) {  // this rank's share of piece i, on all ranks
     const std::size_t numel = chunk_of(operand.numel, chunk, i).size();
     const Range share = part_of(numel, bytes, group_.me(), lanes);
     for (std::size_t k = 0; k < parts.size(); ++k)
@@ -51,7 +52,7 @@ void Collectives::all_reduce_across(const Operand& operand,
   };
   for (std::size_t i = 0; i < count + 2; ++i) {
     if (i < count && staged) copy_piece(i, false);
-    // After this all have filled piece i and spread piece i - 2.
+    // After this, all ranks have filled piece i and spread piece i - 2.
     if (i < count || i > 1) group_.await_all(group_.advance());
     group_.check_current();  // as in meet()
     if (i > 1 && staged) copy_piece(i - 2, true);

@@ -1,4 +1,4 @@
-// What the ranks compare of a collective that another transport carries out.
+// How ranks compare a collective that another transport carries out.
 #include <algorithm>
 
 #include "shm/collectives/chunks.h"

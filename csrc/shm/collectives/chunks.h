@@ -1,5 +1,5 @@
-// What the collectives have in common: the parts and chunks of an operand, and the way of chunks
-// through the slots of the group's segment. Only the files of this folder include it.
+// What the collectives have in common: how an operand is cut into parts and chunks, and how chunks
+// go through the slots of the group's segment. Only the files of this folder include it.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +26,8 @@ struct Range {
   std::size_t size() const { return end - begin; }
 };
 
-// Part `index` of `count` of the elements. Parts begin at cache lines of a line-aligned operand, so
-// no two ranks write to one.
+// Returns part `index` of `count` parts of the elements. In an operand that is aligned to cache
+// lines, parts begin at cache lines, so no two ranks write to the same line.
 inline Range part_of(std::size_t numel,
                      std::size_t element_bytes,
                      std::size_t index,
@@ -70,12 +70,12 @@ inline Reduce must_find_reduce(Element element, Reduction reduction) {
 inline bool Collectives::meet(std::size_t bytes) {
   if (bytes <= kFewBytes) return false;
   group_.await_all(group_.advance());
-  // One that was stopped meanwhile may not write to ranks that have given up.
+  // A rank that was stopped meanwhile must not write to ranks that have given up.
   group_.check_current();
   return group_.all_direct();
 }
 
-// Puts data into one of this rank's slots.
+// Copies data into one of this rank's slots.
 inline void Collectives::stage(std::size_t slot,
                                std::size_t at,
                                const void* from,
@@ -88,7 +88,8 @@ inline void Collectives::stage(std::size_t slot,
   }
 }
 
-// Has every chunk filled into a slot by this rank and, kLag chunks later, drained from all ranks'.
+// Calls fill(chunk, slot) to copy each chunk of this rank into a slot and, kLag chunks later,
+// drain(chunk, slot) to read that chunk from the slots of all ranks.
 template <typename Fill, typename Drain>
 void Collectives::go_in_chunks(std::size_t count, const Fill& fill, const Drain& drain) {
   std::array<std::size_t, kSlots> slots{};

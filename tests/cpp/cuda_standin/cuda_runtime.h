@@ -49,7 +49,7 @@ inline constexpr unsigned kMaxBlock = 1024;
 inline Block block;
 inline cudaError_t last_error = cudaSuccess;
 
-// What tests set and read.
+// Variables that tests set and read.
 inline bool downwards = false;               // the order of a block's threads
 inline cudaError_t fail_with = cudaSuccess;  // the next launch
 inline int num_launches = 0;
