@@ -11,8 +11,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fastddp {
@@ -58,6 +60,25 @@ class LaunchOrder {
   mutable std::mutex mutex_;
   std::vector<const void*> open_;
   std::map<std::uint32_t, std::string> titles_;
+};
+
+// The place that one reducer has in the order, in each of its rounds.
+class Turn {
+ public:
+  explicit Turn(std::shared_ptr<LaunchOrder> order) : order_(std::move(order)) {}
+  ~Turn() { end(); }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+  // A round of the reducer begins.
+  void begin() { order_->begin(this); }
+  // Whether the round may launch.
+  bool has_come() const { return order_->may_launch(this); }
+  // The round has launched all that it has; once more does nothing.
+  void end() { order_->end(this); }
+
+ private:
+  const std::shared_ptr<LaunchOrder> order_;
 };
 
 }  // namespace fastddp

@@ -27,20 +27,36 @@ void add(To* dst, const From* src, std::size_t numel, double scale) {
 
 }  // namespace
 
-void scale_copy(DType to, void* dst, DType from, const void* src, std::size_t numel, double scale) {
-  with_types(from, to, [=](auto source, auto target) {
+ScaleLoop copy_loop(DType to, DType from) {
+  ScaleLoop loop = nullptr;
+  with_types(from, to, [&loop](auto source, auto target) {
     using From = typename decltype(source)::Type;
     using To = typename decltype(target)::Type;
-    copy(static_cast<To*>(dst), static_cast<const From*>(src), numel, scale);
+    loop = [](void* dst, const void* src, std::size_t numel, double scale) {
+      copy(static_cast<To*>(dst), static_cast<const From*>(src), numel, scale);
+    };
   });
+  return loop;
+}
+
+ScaleLoop add_loop(DType to, DType from) {
+  ScaleLoop loop = nullptr;
+  with_types(from, to, [&loop](auto source, auto target) {
+    using From = typename decltype(source)::Type;
+    using To = typename decltype(target)::Type;
+    loop = [](void* dst, const void* src, std::size_t numel, double scale) {
+      add(static_cast<To*>(dst), static_cast<const From*>(src), numel, scale);
+    };
+  });
+  return loop;
+}
+
+void scale_copy(DType to, void* dst, DType from, const void* src, std::size_t numel, double scale) {
+  copy_loop(to, from)(dst, src, numel, scale);
 }
 
 void scale_add(DType to, void* dst, DType from, const void* src, std::size_t numel, double scale) {
-  with_types(from, to, [=](auto source, auto target) {
-    using From = typename decltype(source)::Type;
-    using To = typename decltype(target)::Type;
-    add(static_cast<To*>(dst), static_cast<const From*>(src), numel, scale);
-  });
+  add_loop(to, from)(dst, src, numel, scale);
 }
 
 }  // namespace fastddp

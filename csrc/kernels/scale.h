@@ -20,4 +20,10 @@ void scale_copy(DType to, void* dst, DType from, const void* src, std::size_t nu
 // same, else to float.
 void scale_add(DType to, void* dst, DType from, const void* src, std::size_t numel, double scale);
 
+// The loops of the two for one pair of dtypes, for whoever knows the pair long before the memory.
+// Throw std::invalid_argument unless converts(from, to).
+using ScaleLoop = void (*)(void* dst, const void* src, std::size_t numel, double scale);
+ScaleLoop copy_loop(DType to, DType from);
+ScaleLoop add_loop(DType to, DType from);
+
 }  // namespace fastddp

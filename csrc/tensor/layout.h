@@ -1,8 +1,8 @@
 // A parameter's shape, strides, dtype and device as they were at one time.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/core/DimVector.h>
+#include <ATen/core/Tensor.h>
 
 namespace fastddp {
 

@@ -5,24 +5,29 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
 #include "core/launch_order.h"
 #include "core/marks.h"
+#include "core/phase.h"
 #include "core/plan.h"
 #include "core/schedule.h"
 #include "core/tracker.h"
 
 using fastddp::any_changed;
 using fastddp::BucketPlan;
+using fastddp::CurrentPhase;
 using fastddp::is_mixed;
 using fastddp::label_of;
 using fastddp::LaunchOrder;
 using fastddp::Marks;
 using fastddp::marks_of;
 using fastddp::ParamSpec;
+using fastddp::Phase;
 using fastddp::plan_buckets;
 using fastddp::ReadyTracker;
 using fastddp::Schedule;
@@ -218,6 +223,45 @@ TEST(schedules_try_both_in_turn_and_keep_what_all_find_faster) {
       CHECK(schedule.begin() == early_is_faster);
       CHECK(!schedule.is_due());
       schedule.add(early_is_faster, 1e9);
+    }
+  }
+}
+
+TEST(a_round_moves_through_its_phases) {
+  using enum Phase;
+  for (const auto& life : std::vector<std::vector<Phase>>{{kFilling, kBetween},
+                                                          {kFilling, kInFlight, kBetween},
+                                                          {kFilling, kFinalized, kBetween}}) {
+    CurrentPhase phase;
+    CHECK(phase.is(kBetween));
+    for (const Phase next : life) {
+      phase.move_to(next);
+      CHECK(phase.get() == next);
+    }
+  }
+}
+
+TEST(an_illegal_move_names_both_phases_and_moves_nothing) {
+  using enum Phase;
+  const std::array<std::pair<Phase, std::vector<Phase>>, 4> illegal{
+      {{kBetween, {kBetween, kInFlight, kFinalized}},
+       {kFilling, {kFilling}},
+       {kInFlight, {kFilling, kInFlight, kFinalized}},
+       {kFinalized, {kFilling, kInFlight, kFinalized}}}};
+  for (const auto& [from, moves] : illegal) {
+    for (const Phase to : moves) {
+      CurrentPhase phase;
+      if (from != kBetween) phase.move_to(kFilling);
+      if (from == kInFlight || from == kFinalized) phase.move_to(from);
+      std::string text;
+      try {
+        phase.move_to(to);
+      } catch (const std::logic_error& error) {
+        text = error.what();
+      }
+      CHECK(text == std::string("fastddp: a reducer cannot go from phase ") + describe(from) +
+                        " to phase " + describe(to));
+      CHECK(phase.is(from));
     }
   }
 }
