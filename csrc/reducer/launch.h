@@ -3,7 +3,7 @@
 //
 // Invariant: every rank launches all of them in every round, also those that it has no gradient
 // for. Ranks therefore stay in step when they use different parameters or when one of them raises.
-// (tests/parity/test_accumulation.py)
+// (tests/parity/test_interrupted_backward.py)
 #pragma once
 
 #include <cstddef>

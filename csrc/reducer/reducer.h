@@ -22,7 +22,7 @@
 // Invariants of the whole, each with the test that guards it:
 // * A round begins when backward reaches an output of forward, or at the first gradient if there is
 //   no such output. The former is the same on every rank, whatever parameters it goes on to reach,
-//   and is outside of any re-entrant backward. (tests/parity/test_accumulation.py)
+//   and is outside of any re-entrant backward. (tests/parity/test_checkpointing.py)
 // * A reducer whose model has changed is retired: it takes part in rounds with nothing to add, and
 //   tells the other ranks by the marks of its buckets, until another takes its place.
 //   (tests/parity/test_changed_models.py)

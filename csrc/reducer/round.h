@@ -3,7 +3,7 @@
 // Invariants, each with the test that guards it:
 // * Every rank launches every bucket of the plan in every round, also those it has no gradient for,
 //   then every sparse gradient. Ranks therefore stay in step when they use different parameters or
-//   when one of them raises. (tests/parity/test_accumulation.py)
+//   when one of them raises. (tests/parity/test_interrupted_backward.py)
 // * `.grad` is empty while its bucket is in flight, so nothing but the collective can touch a
 //   launched bucket: a second gradient of the same parameter arrives in fresh memory.
 //   (tests/parity/test_gradients.py)

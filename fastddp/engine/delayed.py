@@ -26,21 +26,20 @@ class _Phase(Enum):
 
     IDLE = "no backward runs that is synchronised"
     OPEN = "a synchronised backward runs"
-    DUE = "and the trigger has its gradient"
+    DUE = "a synchronised backward runs, and the trigger has its gradient"
 
 
 class DelayedReducer:
     """Averages the gradients of delayed parameters at the ends of some backwards.
 
     These are the backwards that give the trigger a gradient and are not inside `no_sync`, the same
-    ones on every rank.
-    What is averaged is ``.grad``, so gradients may come from any number of backwards.
+    ones on every rank. What is averaged is ``.grad``, so gradients may come from any number of backwards.
 
     The collectives are launched at the end of backward, after the reducer's: ranks launch the
     latter's at times of their own, and all collectives of a group must be in one order.
 
     Args:
-        delay: which parameters are delayed, and until when.
+        delay: the delayed parameters, and the parameter that ends the delay.
         module: the module that has the parameters.
         group: the ranks that average; not kept alive.
     """
