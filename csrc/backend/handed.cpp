@@ -45,13 +45,13 @@ std::vector<std::string> texts_in(const std::vector<at::Tensor>& all) {
 
 HandedCollectives::HandedCollectives(int rank,
                                      int size,
-                                     Launcher& launcher,
+                                     Starter& starter,
                                      Connections& connections,
                                      std::shared_ptr<shm::Group> group,
                                      shm::Collectives& collectives)
     : rank_(rank),
       size_(size),
-      launcher_(launcher),
+      starter_(starter),
       connections_(connections),
       group_(std::move(group)),
       collectives_(collectives) {}
@@ -60,11 +60,11 @@ HandedCollectives::Work HandedCollectives::start(HandedCall call,
                                                  std::chrono::milliseconds timeout,
                                                  bool async,
                                                  Call launch) {
-  launcher_.refuse_overlaps(call.title, call.results);
+  starter_.refuse_overlaps(call.title, call.results);
   call.what.label = static_cast<std::int64_t>(shm::Label::current());
-  Launch wanted{call.type, call.title, call.results, timeout, async};
-  return launcher_.start(std::move(wanted), [this, call = std::move(call),
-                                             launch = std::move(launch)](shm::Deadline deadline) {
+  Request wanted{call.type, call.title, call.results, timeout, async};
+  return starter_.start(std::move(wanted), [this, call = std::move(call),
+                                            launch = std::move(launch)](shm::Deadline deadline) {
     compare(call, deadline);
     Stand stand(!is_reduction(call.kind));  // gloo moves no complex numbers
     const Work work = launch_together(launch, stand, deadline);

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "backend/connections.h"
-#include "backend/launcher.h"
 #include "backend/particulars.h"
 #include "backend/plain.h"
+#include "backend/starter.h"
 #include "shm/collectives.h"
 #include "shm/group.h"
 
@@ -44,7 +44,7 @@ class HandedCollectives {
 
   HandedCollectives(int rank,
                     int size,
-                    Launcher& launcher,
+                    Starter& starter,
                     Connections& connections,
                     std::shared_ptr<shm::Group> group,
                     shm::Collectives& collectives);
@@ -88,7 +88,7 @@ class HandedCollectives {
 
   const int rank_;
   const int size_;
-  Launcher& launcher_;
+  Starter& starter_;
   Connections& connections_;
   const std::shared_ptr<shm::Group> group_;
   shm::Collectives& collectives_;

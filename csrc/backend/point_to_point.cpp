@@ -25,11 +25,11 @@ void check_received(const std::vector<at::Tensor>& tensors) {
 }  // namespace
 
 PointToPoint::PointToPoint(int rank,
-                           Launcher& launcher,
+                           Starter& starter,
                            Connections& connections,
                            const LocalGroup& local)
     : rank_(rank),
-      launcher_(launcher),
+      starter_(starter),
       connections_(connections),
       group_(local.group),
       messages_(local.layout, group_->size(), group_->me()) {}
@@ -48,7 +48,7 @@ PointToPoint::Work PointToPoint::receive(Tensors& tensors, int from, int tag) {
 }
 
 PointToPoint::Work PointToPoint::receive_from_any(Tensors& tensors, int tag) {
-  launcher_.check_usable();
+  starter_.check_usable();
   check_received(tensors);
   const std::lock_guard lock(mutex_);
   messages_.take_from_anybody(static_cast<std::uint32_t>(tag));
@@ -59,7 +59,7 @@ PointToPoint::Work PointToPoint::receive_from_any(Tensors& tensors, int tag) {
 // that gets more than it has room for, and leaves the rest of what is too large as it was.
 PointToPoint::Work PointToPoint::compared(
     shm::End end, const Tensors& tensors, int peer, int tag, const Call& launch) {
-  launcher_.check_usable();
+  starter_.check_usable();
   const std::size_t place = group_->index_of(peer);
   const bool is_known = place < group_->size() && place != group_->me() && tag >= 0 &&
                         tensors.size() == 1 && can_move(tensors[0]);

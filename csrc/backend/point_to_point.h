@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "backend/connections.h"
-#include "backend/launcher.h"
 #include "backend/local_group.h"
+#include "backend/starter.h"
 #include "shm/group.h"
 #include "shm/messages.h"
 
@@ -23,7 +23,7 @@ class PointToPoint {
   using Tensors = std::vector<at::Tensor>;
   using Work = c10::intrusive_ptr<c10d::Work>;
 
-  PointToPoint(int rank, Launcher& launcher, Connections& connections, const LocalGroup& local);
+  PointToPoint(int rank, Starter& starter, Connections& connections, const LocalGroup& local);
 
   Work send(const Tensors& tensors, int to, int tag);
   Work receive(Tensors& tensors, int from, int tag);
@@ -35,7 +35,7 @@ class PointToPoint {
   Work compared(shm::End end, const Tensors& tensors, int peer, int tag, const Call& launch);
 
   const int rank_;
-  Launcher& launcher_;
+  Starter& starter_;
   Connections& connections_;
   const std::shared_ptr<shm::Group> group_;
   std::mutex mutex_;

@@ -44,17 +44,17 @@ ShmBackend::ShmBackend(int rank,
       local_(LocalGroup::open(rank, local)),
       connections_(rank, size, std::move(inner)),
       collectives_(*local_.group),
-      launcher_(rank, size, connections_, *local_.group, collectives_),
+      starter_(rank, size, connections_, *local_.group, collectives_),
       native_(rank, size, connections_, *local_.group, collectives_),
-      handed_(rank, size, launcher_, connections_, local_.group, collectives_),
-      messages_(rank, launcher_, connections_, local_),
+      handed_(rank, size, starter_, connections_, local_.group, collectives_),
+      messages_(rank, starter_, connections_, local_),
       patience_(std::min(patience, kPatience)) {}
 
 ShmBackend::~ShmBackend() {
   if (fork_check_.is_forked()) {
     // The parent's: neither its thread nor its sockets' threads are here.
     connections_.leak();
-    launcher_.leak();
+    starter_.leak();
     return;
   }
   shutdown();
@@ -65,11 +65,11 @@ ShmBackend::~ShmBackend() {
 void ShmBackend::shutdown() {
   if (fork_check_.is_forked()) return;  // the parent goes on
   const ReleasedGil without_gil;
-  launcher_.leave(patience_);
+  starter_.leave(patience_);
 }
 
 void ShmBackend::abort() {
-  launcher_.check_usable();
+  starter_.check_usable();
   local_.group->abort("rank " + std::to_string(getRank()) + " has aborted the group");
   inner()->abort();
 }
@@ -102,8 +102,8 @@ ShmBackend::Work ShmBackend::hand_on_all_reduce(OpType type,
 ShmBackend::Work ShmBackend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) {
   if (tensors.size() != 1 || !native_.can_all_reduce(tensors, options.reduceOp))
     return hand_on_all_reduce(OpType::ALLREDUCE, tensors, options, &Backend::allreduce);
-  launcher_.refuse_overlaps("all_reduce", tensors);
-  return launcher_.start(
+  starter_.refuse_overlaps("all_reduce", tensors);
+  return starter_.start(
       {OpType::ALLREDUCE, "shm:all_reduce", tensors, options.timeout, options.asyncOp},
       [this, tensors, op = options.reduceOp](shm::Deadline deadline) {
         native_.all_reduce(tensors, op, deadline);
@@ -116,8 +116,8 @@ ShmBackend::Work ShmBackend::allreduce_coalesced(Tensors& tensors,
     return hand_on_all_reduce(OpType::ALLREDUCE_COALESCED, tensors, options,
                               &Backend::allreduce_coalesced);
   }
-  launcher_.refuse_overlaps("all_reduce", tensors);
-  return launcher_.start(
+  starter_.refuse_overlaps("all_reduce", tensors);
+  return starter_.start(
       {OpType::ALLREDUCE_COALESCED, "shm:all_reduce", tensors, options.timeout, options.asyncOp},
       [this, tensors, op = options.reduceOp](shm::Deadline deadline) {
         native_.all_reduce(tensors, op, deadline);
@@ -155,10 +155,10 @@ ShmBackend::Work ShmBackend::broadcast(Tensors& tensors, const c10d::BroadcastOp
                          options, &Backend::broadcast);
   }
   if (root < 0 || root >= getSize())
-    launcher_.refuse(c10::str("broadcast from rank ", root, " in a group of ", getSize()));
+    starter_.refuse(c10::str("broadcast from rank ", root, " in a group of ", getSize()));
   // The root's is only read, but nobody knows yet whether the ranks agree on the root.
-  launcher_.refuse_overlaps("broadcast", tensors);
-  return launcher_.start(
+  starter_.refuse_overlaps("broadcast", tensors);
+  return starter_.start(
       {OpType::BROADCAST, "shm:broadcast", tensors, options.timeout, options.asyncOp},
       [this, tensor = tensors[0], root](shm::Deadline deadline) {
         native_.broadcast(tensor, root, deadline);
@@ -190,8 +190,8 @@ ShmBackend::Work ShmBackend::allgather(Lists& outputs,
                           {"all_gather " + text_of_sizes(inputs)}},
                          outputs, inputs, options, &Backend::allgather);
   }
-  launcher_.refuse_overlaps("all_gather", outputs[0]);
-  return launcher_.start(
+  starter_.refuse_overlaps("all_gather", outputs[0]);
+  return starter_.start(
       {OpType::ALLGATHER, "shm:all_gather", outputs[0], options.timeout, options.asyncOp},
       [this, outputs = outputs[0], input = inputs[0]](shm::Deadline deadline) {
         native_.all_gather(outputs, input, deadline);
@@ -231,8 +231,8 @@ ShmBackend::Work ShmBackend::allgather_into_tensor_coalesced(
                : handed_.start(std::move(call), outputs, inputs, options,
                                &Backend::allgather_into_tensor_coalesced);
   }
-  launcher_.refuse_overlaps("all_gather", outputs);
-  return launcher_.start(
+  starter_.refuse_overlaps("all_gather", outputs);
+  return starter_.start(
       {OpType::_ALLGATHER_BASE, "shm:all_gather", outputs, options.timeout, options.asyncOp},
       [this, outputs, inputs](shm::Deadline deadline) {
         native_.all_gather_whole(outputs, inputs, deadline);
@@ -266,8 +266,8 @@ ShmBackend::Work ShmBackend::reduce_scatter(Tensors& outputs,
          {"reduce_scatter " + text_of_sizes(flat(inputs)) + ", " + name_of(options.reduceOp)}},
         outputs, inputs, options, &Backend::reduce_scatter);
   }
-  launcher_.refuse_overlaps("reduce_scatter", outputs);
-  return launcher_.start(
+  starter_.refuse_overlaps("reduce_scatter", outputs);
+  return starter_.start(
       {OpType::REDUCE_SCATTER, "shm:reduce_scatter", outputs, options.timeout, options.asyncOp},
       [this, output = outputs[0], inputs = inputs[0], op = options.reduceOp](
           shm::Deadline deadline) { native_.reduce_scatter(output, inputs, op, deadline); });
@@ -295,12 +295,12 @@ ShmBackend::Work ShmBackend::reduce_scatter_tensor_coalesced(
                : handed_.start(std::move(call), outputs, inputs, options,
                                &Backend::reduce_scatter_tensor_coalesced);
   }
-  launcher_.refuse_overlaps("reduce_scatter", outputs);
-  return launcher_.start({OpType::_REDUCE_SCATTER_BASE, "shm:reduce_scatter", outputs,
-                          options.timeout, options.asyncOp},
-                         [this, outputs, inputs, op = options.reduceOp](shm::Deadline deadline) {
-                           native_.reduce_scatter_whole(outputs, inputs, op, deadline);
-                         });
+  starter_.refuse_overlaps("reduce_scatter", outputs);
+  return starter_.start({OpType::_REDUCE_SCATTER_BASE, "shm:reduce_scatter", outputs,
+                         options.timeout, options.asyncOp},
+                        [this, outputs, inputs, op = options.reduceOp](shm::Deadline deadline) {
+                          native_.reduce_scatter_whole(outputs, inputs, op, deadline);
+                        });
 }
 
 // ---- all_to_all ------------------------------------------------------------------------
@@ -314,7 +314,7 @@ ShmBackend::Work ShmBackend::alltoall_base(at::Tensor& output,
     check_splits(output, output_splits, getSize());
     check_splits(input, input_splits, getSize());
   } catch (const c10::Error& error) {
-    launcher_.refuse(text_of(error));
+    starter_.refuse(text_of(error));
   }
   Particulars what{"all_to_all of " + name_of(input.scalar_type())};
   what.gives = elements_of_splits(input, input_splits, getSize());
@@ -346,13 +346,13 @@ ShmBackend::Work ShmBackend::barrier(const c10d::BarrierOptions& options) {
     return handed_.start({OpType::BARRIER, "shm:barrier", shm::Kind::kBarrier, {}, {"barrier"}},
                          options, [this, options](Stand&) { return inner()->barrier(options); });
   }
-  return launcher_.start({OpType::BARRIER, "shm:barrier", {}, options.timeout, options.asyncOp},
-                         [this](shm::Deadline deadline) { native_.barrier(deadline); });
+  return starter_.start({OpType::BARRIER, "shm:barrier", {}, options.timeout, options.asyncOp},
+                        [this](shm::Deadline deadline) { native_.barrier(deadline); });
 }
 
 // It compares for itself, and names who is missing.
 void ShmBackend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) {
-  launcher_.announce(shm::Kind::kMonitoredBarrier);
+  starter_.announce(shm::Kind::kMonitoredBarrier);
   inner()->monitoredBarrier(options, wait_all_ranks);
 }
 

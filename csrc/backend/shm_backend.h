@@ -13,10 +13,10 @@
 #include "backend/connections.h"
 #include "backend/fork_check.h"
 #include "backend/handed.h"
-#include "backend/launcher.h"
 #include "backend/local_group.h"
 #include "backend/native.h"
 #include "backend/point_to_point.h"
+#include "backend/starter.h"
 #include "shm/collectives.h"
 #include "shm/segment.h"
 
@@ -43,7 +43,7 @@ class ShmBackend final : public c10d::Backend {
   bool spans_hosts() const { return static_cast<int>(local_.group->size()) != getSize(); }
 
   // Whether no collective is under way; in a forked child none is.
-  bool is_idle() const { return launcher_.is_idle(); }
+  bool is_idle() const { return starter_.is_idle(); }
 
   const std::string getBackendName() const override { return "shm"; }
   c10::intrusive_ptr<Options> getBackendOptions() override;
@@ -52,7 +52,7 @@ class ShmBackend final : public c10d::Backend {
   // Throws OutOfMemoryError where the heap has no room: ordinary memory would do.
   at::Tensor allocateTensor(long size, at::TensorOptions options) override;
   void setSequenceNumberForGroup() override { inner()->setSequenceNumberForGroup(); }
-  std::uint64_t getSequenceNumberForGroup() override { return launcher_.count(); }
+  std::uint64_t getSequenceNumberForGroup() override { return starter_.count(); }
   void abort() override;
   void shutdown() override;
 
@@ -111,7 +111,7 @@ class ShmBackend final : public c10d::Backend {
   const LocalGroup local_;
   Connections connections_;
   shm::Collectives collectives_;
-  Launcher launcher_;
+  Starter starter_;
   NativeCollectives native_;
   HandedCollectives handed_;
   PointToPoint messages_;

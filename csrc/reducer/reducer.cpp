@@ -184,7 +184,7 @@ std::vector<std::int64_t> Reducer::used_by() const {
   if (figures_.now().rounds == 0 || buckets == nullptr)
     return std::vector<std::int64_t>(params_.size(), context_.group.size());
   // A fused pass scales the flags too.
-  const double one = filler_->is_fused() ? launcher_->scale(divisor_) : 1;
+  const double one = filler_->is_fused() ? latest_scale_ : 1;
   std::vector<std::int64_t> used(params_.size());
   for (const Bucket& bucket : *buckets) {
     const at::Tensor flags = bucket.flags.to(at::kCPU, at::kDouble);
@@ -349,7 +349,7 @@ void Reducer::begin_round(Gives gives) {
       agreements_.schedule.begin() || !launcher_->may_launch_late() || manner.is_manual;
   manner.knows_counts = counts_are_learned_;
   manner.is_followed = buckets.loose() || !agreements_.order_is_learned() || is_timing_due();
-  manner.scale = launcher_->scale(divisor_);
+  manner.scale = latest_scale_ = launcher_->scale(divisor_);
   round_ = std::make_unique<Round>(context_, params_, buckets, launcher_, *filler_, figures_, turn_,
                                    manner);
   began_ns_ = ns_of(round_->began());

@@ -204,7 +204,8 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   Agreements agreements_;
   MarkReader mark_reader_;
   bool closed_ = false;
-  bool is_checked_ = false;          // for parameters that are stale, since the latest round
+  bool is_checked_ = false;  // for parameters that are stale, since the latest round
+  double latest_scale_ = 1;  // of the latest round's gradients, and of its flags in a fused pass
   bool counts_are_learned_ = false;  // a round has ended well on this rank
   Installation installation_;
   Turn turn_;

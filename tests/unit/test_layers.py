@@ -233,3 +233,45 @@ def test_csrc_holds_only_sources() -> None:
 def test_no_two_sources_make_the_same_object() -> None:
     compiled = [path for path in sources() if path.suffix in (".cpp", ".cu")]
     assert len({path.with_suffix("") for path in compiled}) == len(compiled)
+
+
+CXX_TYPE = re.compile(r"(?:class|struct|enum class|union) (\w+)(?: final)?(?: :.*| \{)?$")
+
+
+def types(source: str) -> Iterator[str]:
+    """Yields the types that a C++ source defines for all others, such as `fastddp::shm::Group`."""
+    around: list[str] = []
+    for line in source.splitlines():
+        if line.startswith("namespace"):
+            around.append(line.removeprefix("namespace").removesuffix("{").strip())
+        elif line.startswith("}  // namespace"):
+            around.pop()
+        elif "" not in around and (found := CXX_TYPE.match(line)):  # "" is an anonymous one
+            yield "::".join([*around, found[1]])
+
+
+def test_no_two_cxx_types_have_one_name() -> None:
+    # The linker keeps one destructor of the two, for both. No compiler sees it.
+    found = [name for path in sources() for name in types(path.read_text())]
+    assert len(found) > 50
+    assert sorted({name for name in found if found.count(name) > 1}) == []
+
+
+def test_two_cxx_types_with_one_name_are_found() -> None:
+    source = """
+namespace fastddp::shm {
+namespace {
+
+struct Hidden {
+};
+
+}  // namespace
+
+class Seen final : public Base {
+};
+
+struct Declared;
+
+}  // namespace fastddp::shm
+"""
+    assert list(types(source)) == ["fastddp::shm::Seen"]

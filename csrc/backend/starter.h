@@ -21,7 +21,7 @@
 namespace fastddp {
 
 // One collective as its caller asks for it.
-struct Launch {
+struct Request {
   c10d::OpType type;
   const char* title;                // what a profiler calls it; a literal
   std::vector<at::Tensor> results;  // all that it writes to
@@ -29,19 +29,19 @@ struct Launch {
   bool async;
 };
 
-class Launcher {
+class Starter {
  public:
   using Body = std::function<void(shm::Deadline)>;
 
   // All that is passed by reference has to outlive leave().
-  Launcher(int rank,
-           int size,
-           Connections& connections,
-           shm::Group& group,
-           shm::Collectives& collectives);
+  Starter(int rank,
+          int size,
+          Connections& connections,
+          shm::Group& group,
+          shm::Collectives& collectives);
 
   // Runs `body`, or has it run in another thread if the caller does not wait for it.
-  c10::intrusive_ptr<c10d::Work> start(Launch launch, Body body);
+  c10::intrusive_ptr<c10d::Work> start(Request request, Body body);
 
   // Lets the others know of a call that does not happen, and waits for nobody.
   void announce(shm::Kind kind);

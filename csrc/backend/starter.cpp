@@ -1,6 +1,6 @@
 #include <Python.h>  // first, says its manual
 
-#include "backend/launcher.h"
+#include "backend/starter.h"
 
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
@@ -21,7 +21,7 @@
 
 namespace fastddp {
 
-Launcher::Launcher(
+Starter::Starter(
     int rank, int size, Connections& connections, shm::Group& group, shm::Collectives& collectives)
     : rank_(rank),
       size_(size),
@@ -31,15 +31,15 @@ Launcher::Launcher(
 
 // ---- a collective ----------------------------------------------------------------------
 
-c10::intrusive_ptr<c10d::Work> Launcher::start(Launch launch, Body body) {
+c10::intrusive_ptr<c10d::Work> Starter::start(Request request, Body body) {
   check_usable();
   count_.fetch_add(1, std::memory_order_relaxed);
   const auto timeout =
-      launch.timeout == c10d::kUnsetTimeout ? connections_.timeout() : launch.timeout;
+      request.timeout == c10d::kUnsetTimeout ? connections_.timeout() : request.timeout;
   // Inference tensors may be written to in inference mode only, which is a thread's own.
   const bool inference =
       c10::InferenceMode::is_enabled() ||
-      std::any_of(launch.results.begin(), launch.results.end(), [](const at::Tensor& tensor) {
+      std::any_of(request.results.begin(), request.results.end(), [](const at::Tensor& tensor) {
         return tensor.defined() && tensor.is_inference();
       });
   Turns::Body turn = [this, timeout, inference, label = shm::Label::current(),
@@ -50,9 +50,9 @@ c10::intrusive_ptr<c10d::Work> Launcher::start(Launch launch, Body body) {
     const shm::Label whose(label);
     run(body, timeout);
   };
-  auto work =
-      c10::make_intrusive<TurnWork>(launch.type, launch.title, std::move(launch.results), turns_);
-  if (launch.async) {
+  auto work = c10::make_intrusive<TurnWork>(request.type, request.title, std::move(request.results),
+                                            turns_);
+  if (request.async) {
     work->submit(std::move(turn));
   } else {
     work->run(turn);
@@ -60,7 +60,7 @@ c10::intrusive_ptr<c10d::Work> Launcher::start(Launch launch, Body body) {
   return work;
 }
 
-void Launcher::run(const Body& body, std::chrono::milliseconds timeout) {
+void Starter::run(const Body& body, std::chrono::milliseconds timeout) {
   try {
     body(deadline_in(timeout));
   } catch (const RefusedByAll& refused) {
@@ -77,7 +77,7 @@ void Launcher::run(const Body& body, std::chrono::milliseconds timeout) {
 }
 
 // The other hosts would wait for this rank's part: they learn of it by the closed connections.
-void Launcher::tell_other_hosts() {
+void Starter::tell_other_hosts() {
   connections_.close();
   auto lane = connections_.take_lane();
   // Within a turn, and a lane that is dropped waits for what is under way there.
@@ -86,7 +86,7 @@ void Launcher::tell_other_hosts() {
 
 // ---- a call that does not happen -------------------------------------------------------
 
-void Launcher::announce(shm::Kind kind) {
+void Starter::announce(shm::Kind kind) {
   check_usable();
   count_.fetch_add(1, std::memory_order_relaxed);
   const auto body = [this, kind, label = shm::Label::current()] {
@@ -100,7 +100,7 @@ void Launcher::announce(shm::Kind kind) {
   as_torch_error([&] { turns_->run(body); });
 }
 
-void Launcher::refuse(const std::string& why) {
+void Starter::refuse(const std::string& why) {
   try {
     announce(shm::Kind::kRefused);
   } catch (const c10::Error&) {  // the group is broken, which the next collective will say
@@ -108,7 +108,7 @@ void Launcher::refuse(const std::string& why) {
   TORCH_CHECK_VALUE(false, "fastddp: rank ", rank_, ": ", why);
 }
 
-void Launcher::refuse_overlaps(const char* title, const std::vector<at::Tensor>& written) {
+void Starter::refuse_overlaps(const char* title, const std::vector<at::Tensor>& written) {
   for (const at::Tensor& tensor : written) {
     if (!overlaps_itself(tensor)) continue;
     refuse(c10::str(title, ": a tensor of shape ", tensor.sizes(), " and strides ",
@@ -120,7 +120,7 @@ void Launcher::refuse_overlaps(const char* title, const std::vector<at::Tensor>&
 
 // ---- life ------------------------------------------------------------------------------
 
-void Launcher::check_usable() const {
+void Starter::check_usable() const {
   TORCH_CHECK_WITH(DistBackendError, !fork_check_.is_forked(), "fastddp: rank ", rank_,
                    ": this process was forked from the one that made the process group, and cannot "
                    "use it; call init_process_group() here, or start the process by spawn");
@@ -128,12 +128,12 @@ void Launcher::check_usable() const {
                    ": the process group was destroyed; make another one");
 }
 
-bool Launcher::is_idle() const {
+bool Starter::is_idle() const {
   // First, since another thread may have held a lock at the fork.
   return fork_check_.is_forked() || turns_->idle();
 }
 
-void Launcher::leave(std::chrono::milliseconds patience) {
+void Starter::leave(std::chrono::milliseconds patience) {
   has_left_ = true;
   // What is under way ends well if the other ranks come to it.
   const bool ended = turns_->wait_until_idle(patience);
@@ -150,6 +150,6 @@ void Launcher::leave(std::chrono::milliseconds patience) {
   turns_->sweep();
 }
 
-void Launcher::leak() { static_cast<void>(new std::shared_ptr<Turns>(std::move(turns_))); }
+void Starter::leak() { static_cast<void>(new std::shared_ptr<Turns>(std::move(turns_))); }
 
 }  // namespace fastddp
