@@ -198,7 +198,7 @@ class Attachment:
             self._delayed.watch(outputs)  # second: its collectives follow the reducer's
 
     def finalize(self) -> None:
-        """Ends a manual round, but for delayed gradients: :meth:`finalize_delayed` follows.
+        """Ends a manual round, but for delayed gradients: :meth:`finalize_delayed` comes first.
 
         Raises:
             RuntimeError: if there is no such round, or not yet one that may be ended.
@@ -207,7 +207,7 @@ class Attachment:
             self.reducer.finalize()
 
     def finalize_delayed(self) -> None:
-        """Ends what a manual round does for delayed gradients."""
+        """Ends what a manual round does for delayed gradients; nothing if none are in flight."""
         if self._delayed is not None:
             self._delayed.finalize()
 

@@ -38,8 +38,6 @@ class Options:
     device_ids: tuple[torch.device, ...]
     """At most one device, to which the inputs of ``forward`` are moved."""
     output_device: torch.device | None
-    side_stream: bool
-    """Whether inputs are moved on a stream of their own; read from the environment at wrapping."""
     init_sync: bool
     init_sync_buffers: bool
     forward_sync_buffers: bool
@@ -52,6 +50,8 @@ class Options:
     engine: str | None
     unused: dict[str, Any]
     """Torch's arguments that change nothing, kept for tools that read them back."""
+    side_stream: bool
+    """Whether inputs are moved on a stream of their own; read from the environment at wrapping."""
 
     @classmethod
     def of(
@@ -91,7 +91,6 @@ class Options:
             caps_bytes=caps,
             device_ids=ids,
             output_device=output,
-            side_stream=config.side_stream(),
             init_sync=init_sync,
             init_sync_buffers=both or forward_sync_buffers is not None,
             forward_sync_buffers=both if forward_sync_buffers is None else forward_sync_buffers,
@@ -104,6 +103,7 @@ class Options:
                 **unused,
                 "bucket_bytes_cap_list": list(caps) if bucket_cap_mb_list is not None else [],
             },
+            side_stream=config.side_stream(),
         )
 
     def to_agree_on(self) -> dict[str, str]:

@@ -266,8 +266,10 @@ class Replica:
                 f" this backward: {why}. Where should_finalize_after_backward is True after"
                 " forward, call it after backward"
             )
-        self.attachment.finalize()
+        # The delayed ones first: the end of the round may bring the news that the model has
+        # changed, and parameters are hooked anew only where no gradients are in flight.
         self.attachment.finalize_delayed()
+        self.attachment.finalize()
 
     def refuse_in_flight(self, call: str) -> None:
         """Refuses what would lose gradients that are in flight, or add to them.

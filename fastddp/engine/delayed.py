@@ -33,7 +33,8 @@ class DelayedReducer:
     """Averages the gradients of delayed parameters at the ends of some backwards.
 
     These are the backwards that give the trigger a gradient and are not inside `no_sync`, the same
-    ones on every rank. What is averaged is ``.grad``, so gradients may come from any number of backwards.
+    ones on every rank. What is averaged is ``.grad``, so gradients may come from any number of
+    backwards.
 
     The collectives are launched at the end of backward, after the reducer's: ranks launch the
     latter's at times of their own, and all collectives of a group must be in one order.

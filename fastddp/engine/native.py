@@ -25,6 +25,7 @@ class NativeReducer:
     def __init__(self, subject: Subject, group: ProcessGroup, settings: Settings) -> None:
         self._params = list(subject.params)
         self._hook: BucketRunner | None = None
+        self._former_hook: BucketRunner | None = None
         self._reducer = _C.Reducer(
             self._params,
             list(subject.names),
@@ -62,24 +63,25 @@ class NativeReducer:
 
     def set_hook(self, hook: BucketRunner) -> None:
         # C++ must not own what may own this object: the garbage collector cannot look into C++.
-        self._hook = hook
-        this = weakref.ref(self)
+        # A round under way goes on with the hook that it began with, which is kept for it.
+        self._former_hook, self._hook = self._hook, hook
+        this, runner = weakref.ref(self), weakref.ref(hook)
 
         @untraced
         def native_hook(
             index: int, count: int, buffer: torch.Tensor, params: list[int], offsets: list[int]
         ) -> Wait:
-            alive = this()
+            alive, hook = this(), runner()
             assert alive is not None
-            assert alive._hook is not None
+            assert hook is not None
             owners = [alive._params[param] for param in params]
-            return alive._hook.start(GradBucket(index, count, buffer, owners, offsets))
+            return hook.start(GradBucket(index, count, buffer, owners, offsets))
 
         @untraced
         def native_let_go() -> None:
-            alive = this()
-            if alive is not None and alive._hook is not None:
-                alive._hook.let_go()
+            hook = runner()
+            if hook is not None:
+                hook.let_go()
 
         self._reducer.set_hook(native_hook, native_let_go)
 

@@ -392,6 +392,33 @@ def test_delayed_gradients_are_finalized_too(engine: str) -> None:
     run_ranks(_delayed, 2, engine)
 
 
+def _delayed_and_changed(rank: int, world_size: int, engine: str) -> None:
+    def wrapped(wrap: Any) -> fastddp.DistributedDataParallel:
+        model = _model()
+        model.layers[2].weight.requires_grad_(False)
+        return wrap(
+            engine,
+            model=model,
+            delay_all_reduce_named_params=[("layers.0.weight", model.layers[0].weight)],
+            param_to_hook_all_reduce=model.layers[1].weight,
+        )
+
+    ours, plain = wrapped(_manual), wrapped(_wrap)
+    for step in range(STEPS):
+        for each in (ours, plain):
+            if step == 3:
+                each.module.layers[2].weight.requires_grad_(True)
+            each.zero_grad()
+            each(_x(rank, step)).sum().backward()
+        ours.finalize_backward()
+        _compare(ours, plain, step)
+        assert (ours.module.layers[2].weight.grad is not None) == (step >= 3)
+
+
+def test_a_model_that_changes_while_gradients_are_delayed(engine: str) -> None:
+    run_ranks(_delayed_and_changed, 2, engine)
+
+
 def _buffers(rank: int, world_size: int, engine: str) -> None:
     """Futures of a buffer hook, and optimizers that step in backward, are due when finalized."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1, affine=False))

@@ -52,17 +52,22 @@ class Agreements:
 
     def await_order(self) -> list[int] | None:
         """Returns rank 0's order of arrival, if it is under way."""
-        order, self._order = self._order, None
-        what = "the broadcast of the order in which gradients arrive"
-        return None if order is None else self._agreed(*order, what)
+        if self._order is None:
+            return None
+        order = self._agreed(*self._order, "the broadcast of the order in which gradients arrive")
+        self._order = None
+        return order
 
     def await_schedule(self) -> None:
         """Has the schedule decide, if the ranks' times are under way."""
-        timing, self._timing = self._timing, None
-        if timing is not None:
-            self.schedule.decide(*self._agreed(*timing, "the all-reduce of the times of rounds"))
+        if self._timing is None:
+            return
+        times = self._agreed(*self._timing, "the all-reduce of the times of rounds")
+        self._timing = None
+        self.schedule.decide(*times)
 
     def _agreed(self, tensor: torch.Tensor, work: Work, what: str) -> list[Any]:
+        """Waits for an exchange. One that fails stays under way: no rank goes on without it."""
         try:
             work.wait()
         except RuntimeError as error:

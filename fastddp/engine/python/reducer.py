@@ -277,6 +277,7 @@ class PythonReducer:
 
     def _begin_round(self, gives: Gives) -> None:
         refuse_compiled_autograd()  # or gradients get lost without a word
+        filling = move(self._phase, Phase.FILLING)  # refused before anything has changed
         is_captured = is_capturing(self._context.device)
         if is_captured:
             self._check_capture()
@@ -287,8 +288,6 @@ class PythonReducer:
             self._announce_change()
         self._is_checked = False
         buckets = self._install(is_captured)
-        self._phase = move(self._phase, Phase.FILLING)
-        self._turn.begin()
         is_manual = self.manual and gives is Gives.BACKWARD
         is_early = self._agreements.schedule.begin()
         manner = Manner(
@@ -308,6 +307,8 @@ class PythonReducer:
         self._round = Round(
             manner, self._parameters, buckets, self._launcher, self._turn, self._context
         )
+        self._phase = filling
+        self._turn.begin()
         self.began_ns = self._round.times.began_ns
 
     def _check_capture(self) -> None:

@@ -70,7 +70,7 @@ class Round:
         number = self.buckets.number_of(param)
         self._allocate(number)
         self.fill.put(self.buckets.place_of(param), self._fillings[number], grad)
-        if not self.manner.knows_counts or not self.manner.is_early:
+        if param.is_sparse or not self.manner.knows_counts or not self.manner.is_early:
             return
         while self._is_next_full() and self._turn.has_come():
             self._launch_next(waits=False)
