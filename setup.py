@@ -133,7 +133,7 @@ class Toolkit(NamedTuple):
 def find_cuda(torch_cuda: str | None, kernels: list[str]) -> Toolkit:
     """Finds a CUDA toolkit of the major version that torch was built with."""
     if torch_cuda is None:
-        raise CannotBuildError("the installed torch is no CUDA build; install one that is")
+        raise CannotBuildError("the installed torch is not a CUDA build; install one that is")
     if not kernels:
         raise CannotBuildError("there is no .cu file in csrc/kernels; get the complete source tree")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")

@@ -16,7 +16,7 @@
 
 namespace fastddp {
 
-// Messages between two ranks, which the inner backend carries. They are no collectives: the ranks
+// Messages between two ranks, which the inner backend carries. They are not collectives: the ranks
 // that take no part do not hear of them, and they take no turn.
 class PointToPoint {
  public:

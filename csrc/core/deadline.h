@@ -11,7 +11,7 @@ inline std::chrono::steady_clock::time_point deadline_in(std::chrono::millisecon
   return std::chrono::steady_clock::now() + std::min(timeout, kLongest);
 }
 
-// How long it is to a deadline; at least a millisecond, since zero is no limit to some.
+// How long it is to a deadline; at least a millisecond, since zero means no limit to some.
 inline std::chrono::milliseconds time_left(std::chrono::steady_clock::time_point deadline) {
   const auto left = deadline - std::chrono::steady_clock::now();
   return std::max(std::chrono::ceil<std::chrono::milliseconds>(left), std::chrono::milliseconds(1));

@@ -29,7 +29,7 @@ class Outcome {
 
   bool is_set() const;
   std::exception_ptr error() const;
-  // False if it was not set in time; zero is no limit.
+  // False if it was not set in time; zero means no limit.
   bool wait(std::chrono::milliseconds timeout) const;
 
  protected:

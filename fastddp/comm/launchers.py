@@ -18,7 +18,7 @@ LOOPBACK: Final = "127.0.0.1"
 # Below the ports that systems give to outgoing connections, above those of services.
 _FIRST_PORT: Final = 10_000
 _NUM_PORTS: Final = 20_000
-# Slurm counts the steps of a job from 0; ids from here on are no steps that srun started, but the
+# Slurm counts the steps of a job from 0; ids from here on are not steps that srun started, but the
 # batch script, the shell of salloc and their like: one process, whatever SLURM_NTASKS says.
 _SLURM_RESERVED_STEPS: Final = 0xFFFFFFF0
 
@@ -179,7 +179,7 @@ def number(name: str, environ: Mapping[str, str]) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise RuntimeError(f"fastddp: {name}={text!r} in the environment is no number") from None
+        raise RuntimeError(f"fastddp: {name}={text!r} in the environment is not a number") from None
 
 
 def first_of_nodelist(nodes: str) -> str:

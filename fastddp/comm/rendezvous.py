@@ -160,7 +160,7 @@ def _claim(environment: Environment, store: Store) -> None:
         raise _EarlierRun(f"{text} That one has ended, but rank 0 of its run has not")
     raise RuntimeError(
         f"{text} If one of them started the other, which has inherited its variables, set"
-        f" FASTDDP_LAUNCHER=0 in the one that is no rank; for ranks of its own, set"
+        f" FASTDDP_LAUNCHER=0 in the one that is not a rank; for ranks of its own, set"
         f" {', '.join(RENDEZVOUS)}, or call torch.distributed.init_process_group before wrap"
     )
 

@@ -37,7 +37,7 @@ class LowPrecision:
         self._in_backward = False
         for param in self._cast_ones():
             # For those who ask a parameter what torch's class puts there; the casts themselves
-            # live as long as a forward and its backward, and are no attributes.
+            # live as long as a forward and its backward, and are not attributes.
             param._fp_param = param.detach()  # type: ignore[attr-defined]
             param._mp_param = torch.empty_like(param, dtype=dtype, device="meta")  # type: ignore[attr-defined]
 

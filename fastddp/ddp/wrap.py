@@ -24,7 +24,7 @@ def wrap(
     :func:`fastddp.spawn` or ``torch.multiprocessing.spawn``, and in a plain ``python`` process,
     whose world it is alone. Makes the default process group when a launcher's environment describes
     one and there is none yet. Every rank starts with rank 0's parameters and buffers. Collective,
-    unless ``init_sync`` is False.
+    unless ``init_sync`` is False, so all ranks wrap their models in the same order, in one thread.
 
     Args:
         model: the model to be trained. Use the result in place of it: attributes, methods and

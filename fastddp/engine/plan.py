@@ -102,7 +102,9 @@ def plan_buckets(
     if not caps_bytes:
         raise ValueError("plan_buckets: no bucket cap was given")
     if sorted(order) != list(range(len(params))):
-        raise ValueError(f"plan_buckets: the order is no permutation of {len(params)} parameters")
+        raise ValueError(
+            f"plan_buckets: the order is not a permutation of {len(params)} parameters"
+        )
 
     filling: dict[torch.dtype, _Filling] = {}
     closed: list[_Filling] = []

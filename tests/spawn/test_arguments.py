@@ -16,10 +16,10 @@ from tests.spawn.common import alone
     [
         ({"fn": 3}, TypeError, "expected a function, got int"),
         ({"args": (threading.Lock(),)}, TypeError, "by pickle; .*cannot pickle '_thread.lock'"),
-        ({"args": 3}, TypeError, r"args=3 is no tuple; for one argument, \(argument,\)"),
-        ({"nprocs": (1,)}, TypeError, r"nprocs=\(1,\) is no number. The order is spawn\(fn, nproc"),
+        ({"args": 3}, TypeError, r"args=3 is not a tuple; for one argument, \(argument,\)"),
+        ({"nprocs": (1,)}, TypeError, r"nprocs=\(1,\) is not a number. The order is spawn\("),
         ({"nprocs": 0}, ValueError, "nprocs=0, less than 1"),
-        ({"timeout_s": 0.0}, ValueError, "timeout_s=0.0 is no time"),
+        ({"timeout_s": 0.0}, ValueError, "timeout_s=0.0 is not a time"),
     ],
 )
 def test_a_call_that_cannot_work(options, error, text, fast_start):

@@ -177,7 +177,7 @@ def test_cuda_is_not_missed_in_a_cpu_build_of_torch(
     assert build.choose_cuda(None, ["k.cu"], record) is None
     assert record.NO_CUDA is None
     monkeypatch.setenv("FASTDDP_CUDA", "1")
-    with pytest.raises(SystemExit, match="torch is no CUDA build; install one"):
+    with pytest.raises(SystemExit, match="torch is not a CUDA build; install one"):
         build.choose_cuda(None, ["k.cu"], record)
 
 
@@ -364,7 +364,7 @@ def test_a_pure_install_leaves_an_earlier_build_behind(tree: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(torch.version.cuda is None, reason="torch is no CUDA build")
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is not a CUDA build")
 @pytest.mark.usefixtures("nvcc")
 def test_another_cuda_than_torchs_installs_without_kernels_and_says_so(tree: Path) -> None:
     assert not str(torch.version.cuda).startswith("12."), "the posing nvcc must be of another"

@@ -304,7 +304,7 @@ def test_launchers_can_be_turned_off(environ: pytest.MonkeyPatch) -> None:
     [
         (STEP | {"WORLD_SIZE": "8"}, r"WORLD_SIZE=8, but srun, which started this process, says 4"),
         (STEP | {"RANK": "0"}, r"RANK=0, but srun.* says 3.* or leave RANK out"),
-        (STEP | {"SLURM_PROCID": "four"}, r"SLURM_PROCID='four' in the environment is no number"),
+        (STEP | {"SLURM_PROCID": "four"}, r"PROCID='four' in the environment is not a number"),
         (STEP | {"SLURM_PROCID": "4"}, r"RANK=4 is not in 0 ... WORLD_SIZE-1=3"),
         (STEP | {"SLURM_PTY_PORT": "1"}, r"rank 3 of 4 of 'srun --pty', whose other ranks have no"),
         (

@@ -20,6 +20,8 @@ EMPTY_SENTENCE = re.compile(rf"(?:^|[.:]\s+){EMPTY}\.(?=\s|$)", re.IGNORECASE | 
 # A description that begins with one of these leaves out the noun.
 WITHOUT_A_NOUN = re.compile(r"(?:whose|where|which|its|theirs|see there|as there)\b", re.IGNORECASE)
 LEAST_WORDS = 3
+# "is no tuple", for "is not a tuple". What follows "there is no" or "is no longer" is right.
+NO_FOR_NOT_A = re.compile(r"(?<!there )\b(?:is|are) no (?!longer\b)\w+", re.IGNORECASE)
 
 SECTION = re.compile(
     r"^(?P<indent> *)(?:Args|Attributes):\n(?P<body>(?:(?P=indent) +.*\n|\n)*)", re.M
@@ -39,9 +41,11 @@ def descriptions(docstring: str) -> Iterator[tuple[str, str]]:
 
 
 def problems_of_docstring(docstring: str) -> Iterator[str]:
-    """Yields each empty phrase of a docstring, and each description that is too short or vague."""
+    """Yields the phrases of a docstring that say nothing, and those that are not English."""
     for found in EMPTY_SENTENCE.finditer(cleandoc(docstring)):
         yield f"an empty phrase, {found[0].strip()!r}"
+    for found in NO_FOR_NOT_A.finditer(" ".join(docstring.split())):
+        yield f"{found[0]!r} in place of 'not a'"
     for name, text in descriptions(docstring):
         sentence = re.split(r"[.;](?:\s|$)", text)[0]
         if len(sentence.split()) < LEAST_WORDS:
@@ -77,6 +81,8 @@ def problems(path: Path) -> Iterator[str]:
         for line, text in comments(source):
             for found in EMPTY_SENTENCE.finditer(text):
                 yield f"{path}:{line}: an empty phrase, {found[0].strip()!r}"
+            for found in NO_FOR_NOT_A.finditer(" ".join(text.split())):
+                yield f"{path}:{line}: {found[0]!r} in place of 'not a'"
 
 
 def sources(place: Path) -> list[Path]:
@@ -100,6 +106,10 @@ def test_descriptions_are_whole_phrases(folder: str) -> None:
         ('class A:\n    """B.\n\n    Attributes:\n        rank: which.\n    """', ": which."),
         ('"""Does it.\n\nRaises:\n    ValueError, TypeError: as there.\n"""', ": as there."),
         ('"""See there. There is nothing to do."""', "See there."),
+        (
+            '"""What is no\ntuple. There is no limit, and it is no longer needed."""',
+            "'is no tuple'",
+        ),
         ('"""Does it.\n\nArgs:\n    scale: a factor.\n"""', "scale: 'a factor' has fewer than 3"),
         ('"""Does it.\n\nArgs:\n    a: the first one.\n    b: where it goes on.\n"""', "b: 'where"),
     ],

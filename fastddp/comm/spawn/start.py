@@ -88,7 +88,7 @@ def spawn(
     """
     nprocs = _check(fn, nprocs, args)
     if timeout_s is not None and timeout_s <= 0:
-        raise ValueError(f"fastddp.spawn: timeout_s={timeout_s} is no time; None is the default")
+        raise ValueError(f"fastddp.spawn: timeout_s={timeout_s} is not a time; None is the default")
     context = multiprocessing.get_context(_START_METHOD)
     store = open_local_store()
     ranks: list[Rank] = []
@@ -121,11 +121,13 @@ def _check(fn: Callable[..., Any], nprocs: int | None, args: Sequence[Any]) -> i
         raise TypeError(f"fastddp.spawn: expected a function, got {type(fn).__name__}")
     if nprocs is not None and not isinstance(nprocs, int):
         raise TypeError(
-            f"fastddp.spawn: nprocs={nprocs!r} is no number. The order is spawn(fn, nprocs, args),"
-            " not that of torch.multiprocessing.spawn; name the arguments"
+            f"fastddp.spawn: nprocs={nprocs!r} is not a number. The order is spawn(fn, nprocs,"
+            " args), not that of torch.multiprocessing.spawn; name the arguments"
         )
     if not isinstance(args, (tuple, list)):
-        raise TypeError(f"fastddp.spawn: args={args!r} is no tuple; for one argument, (argument,)")
+        raise TypeError(
+            f"fastddp.spawn: args={args!r} is not a tuple; for one argument, (argument,)"
+        )
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if nprocs is None:
         return num_gpus or 2
