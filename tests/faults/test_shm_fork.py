@@ -203,7 +203,7 @@ def _outlived_by_child(rank: int, world_size: int) -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"rank 1 \(process \d+\) (was killed by|has ended)"):
         check_all_reduce(world_size)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 15  # the group waits 20 s
     destroy()
     before.check_same_but_for_my_heap()
     child = int((scratch_folder() / "child").read_text())

@@ -18,7 +18,7 @@ from tests.ranks import init_group, run_ranks
 
 pytestmark = pytest.mark.usefixtures("needs_shm")
 
-TOLD_WITHIN_S = 4.0
+TOLD_WITHIN_S = 15.0  # before the group's timeout of 20 s, also on a machine under load
 GUARD = 77.0
 GUARD_NUMEL = 4096
 CPU = torch.device("cpu")
