@@ -99,15 +99,21 @@ ShmBackend::Work ShmBackend::hand_on_all_reduce(OpType type,
                        method);
 }
 
+template <typename OpOptions>
+ShmBackend::Work ShmBackend::start_all_reduce(OpType type,
+                                              const Tensors& tensors,
+                                              const OpOptions& options) {
+  starter_.refuse_overlaps("all_reduce", tensors);
+  return starter_.start({type, "shm:all_reduce", tensors, options.timeout, options.asyncOp},
+                        [this, tensors, op = options.reduceOp](shm::Deadline deadline) {
+                          native_.all_reduce(tensors, op, deadline);
+                        });
+}
+
 ShmBackend::Work ShmBackend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) {
   if (tensors.size() != 1 || !native_.can_all_reduce(tensors, options.reduceOp))
     return hand_on_all_reduce(OpType::ALLREDUCE, tensors, options, &Backend::allreduce);
-  starter_.refuse_overlaps("all_reduce", tensors);
-  return starter_.start(
-      {OpType::ALLREDUCE, "shm:all_reduce", tensors, options.timeout, options.asyncOp},
-      [this, tensors, op = options.reduceOp](shm::Deadline deadline) {
-        native_.all_reduce(tensors, op, deadline);
-      });
+  return start_all_reduce(OpType::ALLREDUCE, tensors, options);
 }
 
 ShmBackend::Work ShmBackend::allreduce_coalesced(Tensors& tensors,
@@ -116,12 +122,7 @@ ShmBackend::Work ShmBackend::allreduce_coalesced(Tensors& tensors,
     return hand_on_all_reduce(OpType::ALLREDUCE_COALESCED, tensors, options,
                               &Backend::allreduce_coalesced);
   }
-  starter_.refuse_overlaps("all_reduce", tensors);
-  return starter_.start(
-      {OpType::ALLREDUCE_COALESCED, "shm:all_reduce", tensors, options.timeout, options.asyncOp},
-      [this, tensors, op = options.reduceOp](shm::Deadline deadline) {
-        native_.all_reduce(tensors, op, deadline);
-      });
+  return start_all_reduce(OpType::ALLREDUCE_COALESCED, tensors, options);
 }
 
 ShmBackend::Work ShmBackend::allreduce_sparse(Tensors& tensors,

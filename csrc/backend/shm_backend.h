@@ -106,6 +106,9 @@ class ShmBackend final : public c10d::Backend {
                           const Tensors& tensors,
                           const OpOptions& options,
                           HandedCollectives::InPlace<OpOptions> method);
+  // Carries out an all_reduce here, which native_ can.
+  template <typename OpOptions>
+  Work start_all_reduce(c10d::OpType type, const Tensors& tensors, const OpOptions& options);
 
   const ForkCheck fork_check_;
   const LocalGroup local_;
