@@ -33,9 +33,9 @@ from fastddp.comm.hosts import (
     choose_hosts,
     introduction,
     read_address,
-    this_host,
 )
 from fastddp.comm.meeting import Meeting, explained, short
+from fastddp.watch.host import this_host
 
 _GlooOptions = Any  # a timeout, or dist.ProcessGroupGloo._Options, which torch's stubs leave out
 
