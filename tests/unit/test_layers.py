@@ -22,7 +22,17 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "data": {"base", "comm"},
     "data_parallel": {"base", "device", "engine"},
     "integrations": {"ddp"},
-    "top": {"base", "watch", "device", "comm", "engine", "ddp", "data", "data_parallel", "integrations"},
+    "top": {
+        "base",
+        "watch",
+        "device",
+        "comm",
+        "engine",
+        "ddp",
+        "data",
+        "data_parallel",
+        "integrations",
+    },
 }
 # The files beside the packages: at the bottom what all may import, at the top what nobody imports.
 FILES = {
