@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from fastddp import config, extension
+from fastddp.comm.groups import watch
 from fastddp.comm.hosts import (
     Announcement,
     Hosts,
@@ -35,6 +36,7 @@ from fastddp.comm.hosts import (
     read_address,
 )
 from fastddp.comm.meeting import Meeting, explained, short
+from fastddp.watch import watcher
 from fastddp.watch.host import this_host
 
 _GlooOptions = Any  # a timeout, or dist.ProcessGroupGloo._Options, which torch's stubs leave out
@@ -50,7 +52,7 @@ _counterparts: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup | None] = (
 def register() -> None:
     """Makes ``shm`` known to torch.distributed."""
     if dist.is_available() and "shm" not in dist.Backend.backend_list:
-        dist.Backend.register_backend("shm", _make_backend, devices=["cpu"])
+        dist.Backend.register_backend("shm", _make_backend, extended_api=True, devices=["cpu"])
         _follow_timeouts()
         atexit.register(_end_pending)
 
@@ -132,6 +134,7 @@ def has_to_meet(group: ProcessGroup, device: torch.device) -> bool:
 
 
 def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
+    watch(group)
     if type(group) is not ProcessGroup:  # a class of the user's, which has its own collectives
         return None
     inner = group._get_backend(_CPU)
@@ -148,10 +151,20 @@ def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
     return pair
 
 
-def _make_backend(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    """Makes the backend for torch.distributed, which calls this on every rank of a new group."""
-    inner = _make_gloo("gloo", store, rank, size, timeout)
-    return _connect(inner, store, rank, size, timeout)
+def _make_backend(given: Any, _options: Any) -> Any:
+    """Makes the backend for torch.distributed, which calls this on every rank of a new group.
+
+    Args:
+        given: torch's ``_DistributedBackendOptions``: the store, the ranks and their timeout.
+        _options: the options that the script has made for the backend, of which there are none.
+    """
+    store, rank, size = given.store, given.group_rank, given.group_size
+    # The store in that of the group has a prefix for the device, and nobody keeps it.
+    store_of_group = getattr(store, "underlying_store", store)
+    ranks = given.global_ranks_in_group or range(size)
+    watcher.watch_group(given.group_id, ranks, rank, store_of_group)
+    inner = _make_gloo("gloo", store, rank, size, given.timeout)
+    return _connect(inner, store, rank, size, given.timeout)
 
 
 def _make_gloo(name: str, store: Any, rank: int, size: int, options: _GlooOptions) -> Any:

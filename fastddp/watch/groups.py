@@ -16,6 +16,7 @@ from typing import Any
 from fastddp.watch import board
 from fastddp.watch.host import this_host
 from fastddp.watch.layout import Header, id_of
+from fastddp.watch.notes import Notes
 from fastddp.watch.peers import Address, Peer
 from fastddp.watch.process import born
 
@@ -45,6 +46,7 @@ class Watched:
         self.store = weakref.ref(store)
         self.addresses: dict[int, Address] = {}
         """By global rank, as far as they are known."""
+        self.notes = Notes(index)
         self._client: Any = None
 
     @property
@@ -72,6 +74,24 @@ class Watched:
             client.set_timeout(_STORE_TIMEOUT)
             self._client = client
         return self._client
+
+    @property
+    def has_strangers(self) -> bool:
+        """Whether the boards of some ranks cannot be read here, or are not known to be readable."""
+        here = sum(address.host == own_host() for address in self.addresses.values())
+        return here < len(self.ranks)
+
+    def write_note(self) -> None:
+        """Writes this rank's note. For the clerk alone."""
+        client = self.client()
+        if client is not None:
+            self.notes.write(client)
+
+    def read_notes(self) -> None:
+        """Reads the notes of the other ranks. For the clerk alone."""
+        client = self.client()
+        if client is not None:
+            self.notes.read(client, range(min(len(self.ranks), _MAX_ASKED)))
 
     def read_addresses(self) -> None:
         """Asks the store for the addresses that are not known yet. For the clerk alone."""
@@ -125,6 +145,11 @@ def watched() -> list[Watched]:
         if not group.is_alive and _groups.get(name) is group:
             del _groups[name]
     return list(_groups.values())
+
+
+def find(name: str) -> Watched | None:
+    """Returns the watched group with a name; None if there is none."""
+    return _groups.get(name)
 
 
 def own_address(fd: int) -> Address:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from fastddp.watch.describe import describe_wait
 from fastddp.watch.layout import Source
 from fastddp.watch.snapshot import Snapshot, WaitSeen
 from fastddp.watch.view import View
@@ -75,7 +76,7 @@ def absent_from(view: View, rank: int, wait: WaitSeen) -> tuple[int, ...]:
 def _is_in(view: View, rank: int, wait: WaitSeen) -> bool:
     member = view.members.get(rank)
     if member is not None and member.board is None and member.note:
-        return member.note == wait.text[: len(member.note)]
+        return describe_wait(wait, view.board(view.me)).startswith(member.note)
     return any(are_one(wait, other) for other in waits_of(view.board(rank)))
 
 

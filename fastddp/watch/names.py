@@ -5,8 +5,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 _MAX_NAMED = 2
+
+
+class Planned(Protocol):
+    """What knows the plan of a model's buckets: a reducer."""
+
+    def plan(self) -> Any:
+        """Returns a :class:`fastddp.engine.plan.BucketPlan`; any thread may call it."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +63,19 @@ def of(owner: int) -> ModelNames:
     return _models.get(owner, _NONE)
 
 
-def weakly(plan_of: object) -> Callable[[], Sequence[Sequence[int]]]:
+def weakly(planned: Planned) -> Callable[[], Sequence[Sequence[int]]]:
     """Returns a function for :attr:`ModelNames.buckets` that does not keep the reducer alive.
 
     Args:
-        plan_of: the reducer, which has a method ``plan``.
+        planned: what knows the plan.
     """
-    alive = weakref.ref(plan_of)
+    alive = weakref.ref(planned)
 
     def buckets() -> Sequence[Sequence[int]]:
         reducer = alive()
         if reducer is None:
             return ()
-        plan = reducer.plan()  # type: ignore[attr-defined]
-        return [[slot.param for slot in bucket.slots] for bucket in plan.buckets]
+        buckets = reducer.plan().buckets
+        return [[slot.param for slot in bucket.slots] for bucket in buckets]
 
     return buckets

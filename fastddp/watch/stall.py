@@ -182,8 +182,6 @@ def _can_speak(view: View, rank: int, stalled_ns: int) -> bool:
     board, facts = view.board(rank), view.facts(rank)
     if board is None or board.ending is not Ending.NO or view.now_ns - board.seen_ns > FRESH_NS:
         return False
-    if facts is not None and (
-        _of_process(facts) is not None or facts.state.kind is Kind.UNKNOWN
-    ):
+    if facts is not None and (_of_process(facts) is not None or facts.state.kind is Kind.UNKNOWN):
         return False
     return any(view.now_ns - wait.since_ns >= stalled_ns // 2 for wait in waits_of(board))

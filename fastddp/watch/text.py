@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from fastddp.watch import names
+from fastddp.watch.describe import describe_wait
 from fastddp.watch.frames import Frame, place_in_script
 from fastddp.watch.layout import Source
 from fastddp.watch.meeting_points import waits_of
-from fastddp.watch.snapshot import FILLING, Snapshot, WaitSeen
+from fastddp.watch.snapshot import FILLING, WaitSeen
 from fastddp.watch.stall import Absence, Cause, Stall
 from fastddp.watch.view import Facts, Member, View
 
@@ -66,32 +67,6 @@ def deadlock_text(stuck: Mapping[int, WaitSeen], view: View) -> str:
         "the ranks wait for each other in different collectives, and none of them can go on:"
         f" {sides}. {_why_different(stuck, view)} FASTDDP_STALL=warn leaves them waiting"
     )
-
-
-def describe_wait(wait: WaitSeen, board: Snapshot | None) -> str:
-    """Returns text for a wait, such as ``the all-reduce of bucket 0 of model 'Net' (a, b), step 6``.
-
-    Args:
-        wait: the wait, as it stands on the board.
-        board: the board of the rank that waits.
-    """
-    model = names.of(wait.owner)
-    title = model.title or "a model"
-    text = wait.text or "a collective"
-    if wait.bucket is not None:
-        inside = model.in_bucket(wait.bucket)
-        text = f"the all-reduce of bucket {wait.bucket} of {title}"
-        text += f" ({inside})" if inside else ""
-    elif wait.source is Source.SCRIPT:
-        text = f"the script's own {text}"
-    step = _step(wait, board)
-    return f"{text}, step {step}" if step else text
-
-
-def _step(wait: WaitSeen, board: Snapshot | None) -> int:
-    """Returns the number of the step that a wait is in, from 1 on; 0 if it is not known."""
-    model = board.model(wait.owner) if board is not None and wait.owner else None
-    return model.steps + 1 if model is not None else 0
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
@@ -301,7 +276,10 @@ def _has_left_loop(stall: Stall, absence: Absence, view: View) -> str:
     if model is None or theirs is None or theirs.phase == FILLING:
         return ""
     if absence.cause is Cause.EXITING:
-        return "rank {rank} left the training loop" + f" after step {theirs.steps}: it has fewer batches"
+        return (
+            "rank {rank} left the training loop"
+            + f" after step {theirs.steps}: it has fewer batches"
+        )
     return ""
 
 
