@@ -32,10 +32,11 @@ std::size_t usable_cores() {
 
 }  // namespace
 
-Group::Group(Layout layout, std::vector<Member> members, std::size_t me)
+Group::Group(Layout layout, std::vector<Member> members, std::size_t me, std::uint64_t id)
     : layout_(layout),
       members_(std::move(members)),
       me_(me),
+      id_(id),
       shares_cores_(members_.size() > usable_cores()),
       calls_(members_.size()) {}
 

@@ -140,9 +140,15 @@ def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
     inner = group._get_backend(_CPU)
     if not (dist.is_gloo_available() and isinstance(inner, dist.ProcessGroupGloo)):
         return None
-    backend = _connect(
-        inner, group.get_group_store(), group.rank(), group.size(), inner.options, shared=True
+    peers = _Peers(
+        inner,
+        group.get_group_store(),
+        group.rank(),
+        group.size(),
+        inner.options,
+        group.group_name,
     )
+    backend = _connect(peers, shared=True)
     if backend is inner:
         return None
     pair = ProcessGroup(group.rank(), group.size())  # type: ignore[call-arg]
@@ -164,7 +170,7 @@ def _make_backend(given: Any, _options: Any) -> Any:
     ranks = given.global_ranks_in_group or range(size)
     watcher.watch_group(given.group_id, ranks, rank, store_of_group)
     inner = _make_gloo("gloo", store, rank, size, given.timeout)
-    return _connect(inner, store, rank, size, given.timeout)
+    return _connect(_Peers(inner, store, rank, size, given.timeout, given.group_id))
 
 
 def _make_gloo(name: str, store: Any, rank: int, size: int, options: _GlooOptions) -> Any:
@@ -177,60 +183,58 @@ def _make_gloo(name: str, store: Any, rank: int, size: int, options: _GlooOption
         raise RuntimeError(f"fastddp: rank {rank}: {text}") from error
 
 
-def _connect(
-    inner: Any,
-    store: Any,
-    rank: int,
-    size: int,
-    options: _GlooOptions,
-    shared: bool = False,
-) -> Any:
-    """Connects the ranks of ``inner``, a gloo backend, by shared memory. Collective.
-
-    Those that have the same place on each of several hosts meet in ``store`` to connect by a lane
-    of their own. A lane is not a group that torch.distributed knows: that would have to be made by
-    all ranks of the world.
-
-    Args:
-        inner: the gloo backend that connects the ranks already.
-        store: the store in which further connections are made.
-        rank: this rank's number.
-        size: the number of ranks.
-        options: the timeout of connections, or gloo's options, which may be ``inner``'s own: a
-            timeout that is set there later then holds here.
-        shared: whether the script uses ``inner`` too. What goes through gloo then goes through
-            another one: it may be launched by another thread, and gloo matches collectives by
-            their order.
-
-    Returns:
-        A ``ShmBackend``, or ``inner`` itself, on all ranks, where no two of them share a host or
-        one of them cannot get at another's memory (which is logged).
-    """
-    meeting = Meeting(inner, rank, size)
-    native, said = _introduce(meeting)
-    hosts, problem = choose_hosts(said, rank)
-    if hosts is None:
-        return inner
-    meeting.problem = meeting.problem or problem
-    peers = _Peers(inner, store, rank, size, options)
-    backend = _open_memory(meeting, peers, native, said, hosts.mine, shared)
-    if len(hosts.ranks) > 1 and meeting.all_ok:
-        _make_lanes(meeting, peers, backend, hosts)
-    return backend if meeting.all_ok else inner
-
-
 class _Peers(NamedTuple):
-    """The ranks that connect, as :func:`_connect` is told of them."""
+    """The ranks that connect."""
 
     inner: Any
+    """The gloo backend that connects them already."""
     store: Any
+    """The store in which further connections are made."""
     rank: int
+    """This rank's number."""
     size: int
+    """The number of ranks."""
     options: _GlooOptions
+    """The timeout of connections, or gloo's options.
+
+    These may be ``inner``'s own: a timeout that is set there later then holds here.
+    """
+    name: str
+    """The name of the group that users know."""
 
     def make_gloo(self, name: str) -> Any:
         """Makes another gloo backend of all ranks. Collective."""
         return _make_gloo(name, self.store, self.rank, self.size, self.options)
+
+
+def _connect(peers: _Peers, shared: bool = False) -> Any:
+    """Connects ranks that a gloo backend connects already by shared memory. Collective.
+
+    Those that have the same place on each of several hosts meet in their store to connect by a lane
+    of their own. A lane is not a group that torch.distributed knows: that would have to be made by
+    all ranks of the world.
+
+    Args:
+        peers: the ranks.
+        shared: whether the script uses their gloo backend too. What goes through gloo then goes
+            through another one: it may be launched by another thread, and gloo matches collectives
+            by their order.
+
+    Returns:
+        A ``ShmBackend``, or the gloo backend itself, on all ranks, where no two of them share a
+        host or one of them cannot get at another's memory (which is logged).
+    """
+    inner = peers.inner
+    meeting = Meeting(inner, peers.rank, peers.size)
+    native, said = _introduce(meeting)
+    hosts, problem = choose_hosts(said, peers.rank)
+    if hosts is None:
+        return inner
+    meeting.problem = meeting.problem or problem
+    backend = _open_memory(meeting, peers, native, said, hosts.mine, shared)
+    if len(hosts.ranks) > 1 and meeting.all_ok:
+        _make_lanes(meeting, peers, backend, hosts)
+    return backend if meeting.all_ok else inner
 
 
 def _introduce(meeting: Meeting) -> tuple[ModuleType | None, list[Announcement]]:
@@ -283,6 +287,7 @@ def _open_memory(
                 [native.ShmAddress(*announced(said[other].heap)) for other in local],
                 native.ShmAddress(*announced(controls[local[0]])),
                 peers.inner.options._timeout.total_seconds(),
+                peers.name,
             )
         )
     meeting.synchronise()  # from here on nobody needs the descriptor of the control segment
