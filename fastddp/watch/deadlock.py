@@ -45,7 +45,7 @@ def deadlock(view: View, stalled_ns: int) -> dict[int, WaitSeen]:
 def _only_wait(view: View, rank: int) -> WaitSeen | None:
     """Returns what a rank waits in, if it can do nothing else."""
     board, facts = view.board(rank), view.facts(rank)
-    if board is None or board.hand_overs or board.ending is not Ending.NO:
+    if board is None or board.hand_overs or board.ending is Ending.EXITING:
         return None
     if view.now_ns - board.seen_ns > FRESH_NS:
         return None

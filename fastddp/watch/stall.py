@@ -129,10 +129,10 @@ def cause_of(member: Member, now_ns: int) -> Cause:
         return Cause.ELSEWHERE if member.note else Cause.NOT_SEEN
     if board.ending is Ending.EXITING:
         return Cause.EXITING
-    if board.ending is Ending.INTERRUPTED:
-        return Cause.INTERRUPTED
     if waits_of(board):
         return Cause.ELSEWHERE
+    if board.ending is Ending.INTERRUPTED:
+        return Cause.INTERRUPTED
     if facts is None:
         return Cause.NOT_SEEN
     if is_at_breakpoint(facts.frames):
@@ -180,7 +180,7 @@ def speaks(view: View, stalled_ns: int) -> bool:
 
 def _can_speak(view: View, rank: int, stalled_ns: int) -> bool:
     board, facts = view.board(rank), view.facts(rank)
-    if board is None or board.ending is not Ending.NO or view.now_ns - board.seen_ns > FRESH_NS:
+    if board is None or board.ending is Ending.EXITING or view.now_ns - board.seen_ns > FRESH_NS:
         return False
     if facts is not None and (_of_process(facts) is not None or facts.state.kind is Kind.UNKNOWN):
         return False
