@@ -85,6 +85,19 @@ def place_in_script(frames: Sequence[Frame]) -> Frame | None:
     return frames[0] if frames else None
 
 
+def caller_in_script(frames: Sequence[Frame]) -> Frame | None:
+    """Returns the place in the user's script from which :func:`place_in_script` was called.
+
+    Args:
+        frames: the stack, innermost first.
+
+    Returns:
+        The next frame of the script outside of that place, or None.
+    """
+    in_script = [frame for frame in frames if _is_script(frame.file)]
+    return in_script[1] if len(in_script) > 1 else None
+
+
 def is_at_breakpoint(frames: Sequence[Frame]) -> bool:
     """Returns whether a stack is that of a thread that waits for a person.
 

@@ -1,4 +1,4 @@
-"""Waits that fastddp names, whatever carries them out; see :class:`fastddp.comm.waiting.waiting`."""
+"""Waits that :class:`fastddp.comm.waiting.waiting` names, whatever carries them out."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fastddp.watch import names
 from fastddp.watch.describe import describe_wait
-from fastddp.watch.frames import Frame, place_in_script
+from fastddp.watch.frames import Frame, caller_in_script, place_in_script
 from fastddp.watch.layout import Source
 from fastddp.watch.meeting_points import waits_of
 from fastddp.watch.snapshot import FILLING, WaitSeen
@@ -169,18 +169,13 @@ def _at(place: Frame | None) -> str:
 
 
 def _at_with_caller(facts: Facts) -> str:
-    """Returns the place in the script, and the one that it was called from if that is another file.
-
-    The place of a data loader is in the code of the data set; what the reader looks for is the loop.
-    """
+    """Returns the place in the script, and the one in the script that it was called from."""
     place = _place(facts)
     if place is None:
         return ""
     text = f", at {place}"
-    outer = place_in_script(facts.frames[::-1])
-    if outer is not None and (outer.file, outer.function) != (place.file, place.function):
-        text += f", called from {outer}"
-    return text
+    caller = caller_in_script(facts.frames)
+    return f"{text}, called from {caller}" if caller is not None else text
 
 
 def _seconds(seconds: float) -> str:
@@ -311,12 +306,11 @@ def _steps_done(view: View, rank: int, owner: int) -> int | None:
     return model.steps if model is not None else None
 
 
-def missing_text(view: View, wait: WaitSeen, absent: Sequence[int]) -> str:
+def missing_text(view: View, absent: Sequence[int]) -> str:
     """Returns who is missing in a wait that has failed, for the text of the error.
 
     Args:
         view: what is known of the ranks.
-        wait: what this rank waits in.
         absent: the ranks that have not come.
     """
     parts, unknown = [], []

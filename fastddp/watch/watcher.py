@@ -114,6 +114,10 @@ class Watcher:
         self._tell_stalls(view, waits)
         self._end_deadlock(view)
 
+    def end(self) -> None:
+        """Tells what there is left to tell, when the process is about to end."""
+        self._tell_ends(self._board.read(), time.monotonic_ns())
+
     # ---- what Python writes on the board ---------------------------------------------------------
 
     def _show_named(self, now_ns: int) -> None:
@@ -180,7 +184,7 @@ class Watcher:
                 continue
             seen = next((w for w in waits_of(view.board(view.me)) if w.thread == wait.thread), None)
             if seen is not None:
-                wait.absent = text.missing_text(view, seen, absent_from(view, view.me, seen))
+                wait.absent = text.missing_text(view, absent_from(view, view.me, seen))
 
     # ---- what is known ---------------------------------------------------------------------------
 
@@ -362,6 +366,8 @@ class _Thread:
                 watcher.look()
             except Exception:  # whatever it is, the training must not suffer from being watched
                 _log.debug("a look at the other ranks has failed", exc_info=True)
+        with contextlib.suppress(Exception):
+            watcher.end()
 
 
 _thread = _Thread()

@@ -17,9 +17,7 @@ WORLD = id_of("0")
 NET = 7
 """The number of the one model."""
 
-STATE = {
-    kind: State(kind, "hrtimer_nanosleep" if kind is Kind.SLEEPING else "") for kind in Kind
-}
+STATE = {kind: State(kind, "hrtimer_nanosleep" if kind is Kind.SLEEPING else "") for kind in Kind}
 AT_LOADER = (
     Frame("/home/me/loader.py", 12, "__getitem__"),
     Frame("/x/torch/utils/data/dataloader.py", 700, "__next__"),
@@ -106,9 +104,7 @@ class Rank:
         return Member(rank, board, facts)
 
 
-def view(
-    *ranks: Rank, me: int = 0, groups: Mapping[int, Sequence[int]] | None = None
-) -> View:
+def view(*ranks: Rank, me: int = 0, groups: Mapping[int, Sequence[int]] | None = None) -> View:
     """Returns what rank `me` knows of these ranks, by default all in one group."""
     members = {rank: what.member(rank) for rank, what in enumerate(ranks)}
     named = groups if groups is not None else {WORLD: range(len(ranks))}
