@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
 from fastddp.comm.loans import Loan, settle, without_context
+from fastddp.comm.patience import way_to_wait
 from fastddp.comm.waiting import waiting
 from fastddp.device.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.device.compiler import untraced
@@ -185,11 +186,13 @@ class DelayedReducer:
         )
         with without_context():
             works = [group.allreduce([flat])]
-        return _Flat(params, pieces, flags, works, wait, loan)
+        wait_for = way_to_wait(group, flat.device)
+        return _Flat(params, pieces, flags, works, wait, wait_for, loan)
 
     def _wait_for(self, flat: _Flat) -> None:
         with flat.wait:
-            flat.works.pop().wait()  # popped: a work refers to its tensor, and the loan ends here
+            # Popped: a work refers to its tensor, and the loan ends here.
+            flat.wait_for(flat.works.pop())
         settle([flat.loan])
 
     def _hand_out(self, flat: _Flat) -> None:
@@ -218,6 +221,7 @@ class _Flat(NamedTuple):
     works: list[Work]
     """One, until it has been waited for."""
     wait: waiting
+    wait_for: Callable[[Work], object]
     loan: Loan
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.distributed import Work
 
 from fastddp.engine.weak_group import WeakGroup
 
@@ -23,3 +25,5 @@ class Context:
     """The model's number, which labels the collectives."""
     title: str
     """What messages call the model."""
+    wait_for: Callable[[Work], object]
+    """Waits for a collective of the group, see :func:`fastddp.comm.patience.wait_for`."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.distributed import ProcessGroup
 
+from fastddp.comm.patience import is_shm, way_to_wait
 from fastddp.device.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.device.compiler import refuse_compiled_autograd, untraced
 from fastddp.device.profiled import profiled
@@ -28,7 +29,7 @@ from fastddp.engine.python.buckets import Buckets
 from fastddp.engine.python.context import Context
 from fastddp.engine.python.figures import Figures, noting_errors
 from fastddp.engine.python.installation import Installation
-from fastddp.engine.python.launchers import AllReduceLauncher, HookLauncher, Launcher, runs_inline
+from fastddp.engine.python.launchers import AllReduceLauncher, HookLauncher, Launcher
 from fastddp.engine.python.manner import Gives, Manner
 from fastddp.engine.python.mark_reader import MarkReader
 from fastddp.engine.python.nodes import backward_accumulates
@@ -62,7 +63,12 @@ class PythonReducer:
         params = subject.params
         device = params[0].device if params else torch.device("cpu")
         self._context = context = Context(
-            WeakGroup(group), group.rank(), device, subject.number, subject.title
+            WeakGroup(group),
+            group.rank(),
+            device,
+            subject.number,
+            subject.title,
+            way_to_wait(group, device),
         )
         self._order_in_group = order_of(group)
         self._order_in_group.introduce(subject.number, subject.title)
@@ -70,7 +76,7 @@ class PythonReducer:
         self.figures = Figures()
         self._marks = MarkReader(context, self._order_in_group)
         self._agreements = Agreements(context)
-        may_launch_late = bool(params) and runs_inline(group, device)
+        may_launch_late = bool(params) and is_shm(group, device)
         self._all_reduce = AllReduceLauncher(
             context, settings.comm_dtype, may_launch_late=may_launch_late
         )
