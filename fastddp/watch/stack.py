@@ -44,7 +44,8 @@ class _Answering:
 
     def works(self) -> bool:
         """Whether the script has left us the signal and the file."""
-        return self._has_signal() and self._has_file()
+        catches = process.catches(os.getpid(), self.signal)
+        return catches and self._has_signal() and self._has_file()
 
     def stop(self) -> None:
         """Gives the signal and the file back, but nothing that is the script's by now."""
