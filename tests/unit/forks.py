@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fastddp.watch import process
 
 _SOURCE = """
-import json, os, signal, sys, threading, time
+import json, os, signal, sys
 import torch.distributed
 from fastddp.watch import process, stack
 
@@ -24,7 +24,7 @@ def tell(*what):
 
 def let_ask():
     pid = os.getpid()
-    tell(pid, process.born(pid), *stack.let_ask(), threading.main_thread().ident)
+    tell(pid, process.born(pid), *stack.let_ask())
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 tell()
@@ -45,7 +45,6 @@ class Asked(NamedTuple):
     born: int
     signal: int
     fd: int
-    main_thread: int
 
     def lives(self) -> bool:
         dead = process.Kind.GONE, process.Kind.ZOMBIE
