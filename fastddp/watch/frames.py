@@ -58,6 +58,8 @@ def own(thread_ident: int | None = None) -> list[Frame]:
     ident = threading.main_thread().ident if thread_ident is None else thread_ident
     # Frames keep their locals alive, so none of them is kept for longer than this loop.
     frame = None if ident is None else sys._current_frames().get(ident)
+    if frame is not None and ident == threading.get_ident():
+        frame = frame.f_back  # the caller
     frames: list[Frame] = []
     while frame is not None and len(frames) < _MAX_FRAMES:
         code = frame.f_code
