@@ -1,5 +1,7 @@
 """Waits for collectives that a signal can end: KeyboardInterrupt within a moment, not at the end.
 
+So can an order of the watcher (``fastddp/watch/board.py``), where the ranks can never move.
+
 A wait in C++ holds signals up, because Python runs their handlers between its own instructions
 only. The shared-memory backend looks for signals itself (``csrc/core/slow_wait.h``); waits for
 other transports are cut into short ones here.
@@ -15,6 +17,7 @@ import torch
 from torch.distributed import ProcessGroup, Work
 
 from fastddp.comm.groups import communication_device
+from fastddp.watch import board
 
 _LOOK_AROUND_S = 0.1
 _SLICE = timedelta(seconds=_LOOK_AROUND_S)
@@ -76,3 +79,6 @@ def _wait_in_slices(work: Work) -> None:
             if work.is_completed():
                 work.wait()
                 return
+        own_board = board.own()
+        if own_board is not None:
+            own_board.obey()

@@ -7,6 +7,7 @@ of the other ranks are read; after ``FASTDDP_STALL_SECONDS`` it is told who is m
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ from fastddp.watch.board import Board
 from fastddp.watch.clerk import Clerk
 from fastddp.watch.deadlock import deadlock
 from fastddp.watch.describe import describe_wait
-from fastddp.watch.frames import is_at_breakpoint, own, place_in_script
+from fastddp.watch.frames import Frame, is_at_breakpoint, own, place_in_script
 from fastddp.watch.groups import Watched
 from fastddp.watch.layout import Header, Source, id_of
 from fastddp.watch.meeting_points import absent_from, reached_from, waits_of
@@ -46,7 +47,6 @@ _BUSY_FACTOR = 30
 """Of ranks that compute, the others tell only after that many times the seconds."""
 _ASKS_EARLY = 64
 """In groups of at most that many ranks, boards are looked for before anybody waits."""
-_PATIENCE_S = 1.0
 
 _Key = tuple[int, int, int]
 
@@ -233,18 +233,7 @@ class Watcher:
             if member is None or member.board is None or member.facts is None:
                 continue
             them = member.board
-            frames = (
-                own()
-                if rank == view.me
-                else ask(
-                    them.pid,
-                    them.born,
-                    them.stack_signal,
-                    them.stack_file,
-                    them.main_thread,
-                    _PATIENCE_S,
-                )
-            )
+            frames = own() if rank == view.me else _stack_of(them)
             workers = tuple(state for _, state in loader_workers(them.pid))
             facts = replace(member.facts, frames=tuple(frames), workers=workers)
             members[rank] = replace(member, facts=facts)
@@ -315,6 +304,11 @@ def _member(group: Watched, index: int, rank: int) -> Member | None:
         return Member(rank, note=note, is_here=False)
     seen = groups.peer(address).read()
     return Member(rank, seen, Facts(state_of(address.pid, address.born)), note)
+
+
+def _stack_of(them: Snapshot) -> list[Frame]:
+    signal, fd = them.stack_signal, them.stack_file
+    return ask(them.pid, them.born, signal, fd) if signal else []
 
 
 def _may_have_come(stall: Stall) -> bool:

@@ -1,4 +1,4 @@
-"""Boards, made by hand: what ranks would say of themselves in situations that are hard to bring about."""
+"""Boards, made by hand: what ranks say of themselves in situations that are rare."""
 
 from __future__ import annotations
 
