@@ -300,7 +300,7 @@ def _member(group: Watched, index: int, rank: int) -> Member | None:
     note = group.notes.others.get(index, "")
     if address is None:
         return Member(rank, note=note) if note else None
-    if address.host != groups.own_host():
+    if not groups.is_here(address):
         return Member(rank, note=note, is_here=False)
     seen = groups.peer(address).read()
     return Member(rank, seen, Facts(state_of(address.pid, address.born)), note)

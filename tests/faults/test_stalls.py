@@ -89,10 +89,9 @@ def _slow_input(rank: int, world_size: int) -> None:
 
 
 def test_slow_input_is_told_and_so_is_its_end(
-    transport: str, engine: str, capsys: pytest.CaptureFixture[str]
+    transport: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    env = environment(transport, FASTDDP_ENGINE=engine)
-    run_ranks(_slow_input, 2, env=env)
+    run_ranks(_slow_input, 2, env=environment(transport))
     lines = told(capsys)
     step = SLOW_STEP + 1
     assert re.match(
@@ -162,8 +161,8 @@ def test_a_deadlock_is_an_error(transport: str, capsys: pytest.CaptureFixture[st
     both = (
         rf"rank 0 waits in the all-reduce of bucket 1 of .*step {SLOW_STEP + 1}, at"
         rf" {line_of(_leaves_early, 'backward()')}; rank 1 waits in the script's own barrier on"
-        rf" group '0', at {line_of(_leaves_early, 'dist.barrier')}\. Rank 1 has gone on to .*after"
-        rf" step {SLOW_STEP}"
+        rf" group '0', at {line_of(_leaves_early, 'dist.barrier')}\. Likely rank 1 left the"
+        rf" training loop after step {SLOW_STEP}: it has fewer batches; next: "
     )
     assert re.search(both, errors[0]), errors
     assert len(errors) == 2, "the barrier of rank 1 ends when rank 0 does"
