@@ -248,7 +248,7 @@ class Watcher:
             told = self._told.get(key)
             if observed_s < (told.next_at_s if told is not None else self._seconds):
                 continue
-            if not speaks(view, int(1e9 * self._seconds)):
+            if wait.group not in view.groups or not speaks(view, int(1e9 * self._seconds)):
                 continue
             self._tell(view, wait, key, observed_s)
             return  # the other waits of this process are told of at later ticks, if they last
