@@ -15,9 +15,14 @@ import torch
 from torch.distributed import ProcessGroup, Work
 
 from fastddp.comm.groups import communication_device
+from fastddp.watch.slow_wait import SlowWait, What
 
-_LOOK_AROUND_S = 0.1
-_SLICE = timedelta(seconds=_LOOK_AROUND_S)
+_SLICE = timedelta(milliseconds=100)
+_SLICE_NS = 100_000_000
+_UNNAMED = What("a collective")
+
+WayToWait = Callable[[Work, What], object]
+"""Waits for a work, which is called something if that lasts."""
 
 
 def is_shm(group: ProcessGroup, device: torch.device) -> bool:
@@ -44,10 +49,10 @@ def wait_for(work: Work, group: ProcessGroup, device: torch.device | None = None
         BaseException: what a signal handler of the script raises meanwhile; then the work may be
             waited for again.
     """
-    way_to_wait(group, device or communication_device(group))(work)
+    way_to_wait(group, device or communication_device(group))(work, _UNNAMED)
 
 
-def way_to_wait(group: ProcessGroup, device: torch.device) -> Callable[[Work], object]:
+def way_to_wait(group: ProcessGroup, device: torch.device) -> WayToWait:
     """Returns :func:`wait_for` for a group's collectives, without the group.
 
     Args:
@@ -58,21 +63,31 @@ def way_to_wait(group: ProcessGroup, device: torch.device) -> Callable[[Work], o
     return _wait_whole if looks_around else _wait_in_slices
 
 
-def _wait_whole(work: Work) -> None:
+def _wait_whole(work: Work, _: What) -> None:
     work.wait()
 
 
-def _wait_in_slices(work: Work) -> None:
-    while True:
-        began = time.monotonic()
+def _wait_in_slices(work: Work, what: What) -> None:
+    if not _ends_within_a_slice(work):
+        slow = SlowWait(what, time.monotonic_ns() - _SLICE_NS)
         try:
-            work.wait(_SLICE)
-            return
-        except RuntimeError:
-            # Each transport says in words of its own that the time is over. What comes early is an
-            # error of the work, and one that comes late will come early the next time.
-            if time.monotonic() - began < _LOOK_AROUND_S / 2:
-                raise
-            if work.is_completed():
-                work.wait()
-                return
+            slow.look()
+            while not _ends_within_a_slice(work):
+                slow.look()
+        finally:
+            slow.end()
+
+
+def _ends_within_a_slice(work: Work) -> bool:
+    began_ns = time.monotonic_ns()
+    try:
+        work.wait(_SLICE)
+    except RuntimeError:
+        # Each transport says in words of its own that the time is over. What comes early is an
+        # error of the work, and one that comes late will come early the next time.
+        if time.monotonic_ns() - began_ns < _SLICE_NS / 2:
+            raise
+        if not work.is_completed():
+            return False
+        work.wait()
+    return True
