@@ -1,7 +1,5 @@
 """Waits for collectives that a signal can end: KeyboardInterrupt within a moment, not at the end.
 
-So can an order of the watcher (``fastddp/watch/board.py``), where the ranks can never move.
-
 A wait in C++ holds signals up, because Python runs their handlers between its own instructions
 only. The shared-memory backend looks for signals itself (``csrc/core/slow_wait.h``); waits for
 other transports are cut into short ones here.
@@ -17,10 +15,14 @@ import torch
 from torch.distributed import ProcessGroup, Work
 
 from fastddp.comm.groups import communication_device
-from fastddp.watch import board
+from fastddp.watch.slow_wait import SlowWait, What
 
-_LOOK_AROUND_S = 0.1
-_SLICE = timedelta(seconds=_LOOK_AROUND_S)
+_SLICE = timedelta(milliseconds=100)
+_SLICE_NS = 100_000_000
+_UNNAMED = What("a collective")
+
+WayToWait = Callable[[Work, What], object]
+"""Waits for a work, which is called something if that lasts."""
 
 
 def is_shm(group: ProcessGroup, device: torch.device) -> bool:
@@ -47,10 +49,10 @@ def wait_for(work: Work, group: ProcessGroup, device: torch.device | None = None
         BaseException: what a signal handler of the script raises meanwhile; then the work may be
             waited for again.
     """
-    way_to_wait(group, device or communication_device(group))(work)
+    way_to_wait(group, device or communication_device(group))(work, _UNNAMED)
 
 
-def way_to_wait(group: ProcessGroup, device: torch.device) -> Callable[[Work], object]:
+def way_to_wait(group: ProcessGroup, device: torch.device) -> WayToWait:
     """Returns :func:`wait_for` for a group's collectives, without the group.
 
     Args:
@@ -61,24 +63,31 @@ def way_to_wait(group: ProcessGroup, device: torch.device) -> Callable[[Work], o
     return _wait_whole if looks_around else _wait_in_slices
 
 
-def _wait_whole(work: Work) -> None:
+def _wait_whole(work: Work, _: What) -> None:
     work.wait()
 
 
-def _wait_in_slices(work: Work) -> None:
-    while True:
-        began = time.monotonic()
+def _wait_in_slices(work: Work, what: What) -> None:
+    if not _ends_within_a_slice(work):
+        slow = SlowWait(what, time.monotonic_ns() - _SLICE_NS)
         try:
-            work.wait(_SLICE)
-            return
-        except RuntimeError:
-            # Each transport says in words of its own that the time is over. What comes early is an
-            # error of the work, and one that comes late will come early the next time.
-            if time.monotonic() - began < _LOOK_AROUND_S / 2:
-                raise
-            if work.is_completed():
-                work.wait()
-                return
-        own_board = board.own()
-        if own_board is not None:
-            own_board.obey()
+            slow.look()
+            while not _ends_within_a_slice(work):
+                slow.look()
+        finally:
+            slow.end()
+
+
+def _ends_within_a_slice(work: Work) -> bool:
+    began_ns = time.monotonic_ns()
+    try:
+        work.wait(_SLICE)
+    except RuntimeError:
+        # Each transport says in words of its own that the time is over. What comes early is an
+        # error of the work, and one that comes late will come early the next time.
+        if time.monotonic_ns() - began_ns < _SLICE_NS / 2:
+            raise
+        if not work.is_completed():
+            return False
+        work.wait()
+    return True

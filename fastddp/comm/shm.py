@@ -154,6 +154,7 @@ def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
     pair = ProcessGroup(group.rank(), group.size())  # type: ignore[call-arg]
     pair._register_backend(_CPU, ProcessGroup.BackendType.CUSTOM, backend)
     pair._set_default_backend(ProcessGroup.BackendType.CUSTOM)
+    pair._set_group_name(group.group_name)  # what messages and the board call it
     return pair
 
 

@@ -10,6 +10,7 @@ from fastddp.comm.patience import way_to_wait
 from fastddp.device.streams import home_of, keep_for_current
 from fastddp.engine.hooks import GradBucket, Wait
 from fastddp.engine.weak_group import WeakGroup
+from fastddp.watch.slow_wait import What
 
 
 class ReduceInDtype:
@@ -48,13 +49,14 @@ class ReduceInDtype:
         sent = gradients.to(self._dtype)
         home = home_of(sent.device)
         wait_for = way_to_wait(group, sent.device)
+        what = What(f"the all-reduce of bucket {index + 1} in {self._dtype}")
         self._loans[index] = Loan(sent)
         with without_context():
             self._works[index] = group.allreduce([sent])
 
         def wait() -> None:
             try:
-                wait_for(self._works[index])
+                wait_for(self._works[index], what)
             except RuntimeError as error:
                 first = bucket.parameters()[0]
                 raise torch.distributed.DistBackendError(

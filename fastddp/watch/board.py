@@ -13,8 +13,6 @@ import os
 import threading
 import time
 
-import torch.distributed as dist
-
 from fastddp import config, extension
 from fastddp.watch.layout import (
     MAGIC,
@@ -167,8 +165,8 @@ class Board:
     def order_to_fail(self, wait: WaitSeen, text: str) -> bool:
         """Orders a wait of this process to fail; returns whether the order was taken.
 
-        Who waits looks for orders a few times per second, in C++ or by :meth:`obey`, if it can: a
-        wait inside of another library cannot.
+        Who waits looks for orders several times per second, if it can: a wait inside of another
+        library cannot.
 
         Args:
             wait: the wait, as :meth:`read` has shown it.
@@ -185,22 +183,9 @@ class Board:
             self._orders[wait.place] = text
             return True
 
-    def obey(self) -> None:
-        """Raises if a wait of this thread that Python has written is ordered to fail.
-
-        To be called now and then by a thread that waits.
-
-        Raises:
-            torch.distributed.DistBackendError: with the text of the order.
-        """
-        if not self._orders:
-            return
-        me = threading.get_native_id()
-        with self._lock:
-            for place, text in self._orders.items():
-                if self._words[WAITS_AT + place * WAIT_STRIDE + Wait.THREAD] == me:
-                    del self._orders[place]
-                    raise dist.DistBackendError(text)
+    def order_of(self, place: int | None) -> str:
+        """Returns the text with which the wait at a place is to fail; empty to go on waiting."""
+        return self._orders.get(place, "") if place is not None else ""
 
 
 def _memory_file(size: int) -> int:

@@ -47,7 +47,7 @@ def end_line(stall: Stall, lasted_s: float) -> str:
     """
     last = [absence.rank for absence in stall.roots or stall.absences]
     came = f"; {ranks_text(last)} came last" if last else ""
-    return f"fastddp: rank {stall.rank} goes on after {_seconds(lasted_s)} of waiting{came}"
+    return f"fastddp: the wait of rank {stall.rank} is over after {_seconds(lasted_s)}{came}"
 
 
 def deadlock_text(stuck: Mapping[int, WaitSeen], view: View) -> str:

@@ -193,10 +193,12 @@ class Watcher:
         members = {mine.rank: Member(mine.rank, mine, Facts(State(Kind.RUNNING)))}
         for group in watched:
             for index, rank in enumerate(group.ranks):
-                if rank not in members and rank != mine.rank:
-                    member = _member(group, index, rank)
-                    if member is not None:
-                        members[rank] = member
+                known = members.get(rank)
+                if rank == mine.rank or (known is not None and (known.board or known.note)):
+                    continue
+                member = _member(group, index, rank)
+                if member is not None:
+                    members[rank] = member
         return View(mine.rank, now_ns, {group.id: group.ranks for group in watched}, members)
 
     def _observe(self, view: View, waits: Sequence[WaitSeen], lasted_s: float) -> None:
@@ -276,7 +278,8 @@ class Watcher:
             if any(_key(key[0], wait) == key for wait in waits):
                 continue
             del self._told[key]
-            if not told.stall.is_debugged and _may_have_come(told.stall):
+            has_failed = named.failed_ns >= told.stall.wait.since_ns
+            if not told.stall.is_debugged and not has_failed and _may_have_come(told.stall):
                 say([text.end_line(told.stall, (now_ns - told.stall.wait.since_ns) / 1e9)])
 
     # ---- deadlocks -------------------------------------------------------------------------------
@@ -402,6 +405,8 @@ def end(wait: NamedWait, failed: bool) -> None:
         failed: whether it has raised.
     """
     named.waits.pop(id(wait), None)
+    if failed:
+        named.failed_ns = time.monotonic_ns()
     own_board = board.own()
     if wait.place is not None and own_board is not None:
         place, wait.place = wait.place, None

@@ -107,7 +107,7 @@ def test_slow_input_is_told_and_so_is_its_end(
     ), lines
     assert lines[2].startswith("  likely: the input of rank 1 is slow; next: "), lines
     assert re.match(
-        r"fastddp: rank 0 goes on after [345]\.\d s of waiting; rank 1 came last", lines[-1]
+        r"fastddp: the wait of rank 0 is over after [3456]\.\d s; rank 1 came last", lines[-1]
     ), lines
 
 
@@ -132,7 +132,7 @@ def test_a_stopped_rank_is_told(transport: str, capsys: pytest.CaptureFixture[st
     assert re.match(r"fastddp: rank 0 has waited for 1\.\d s in ", lines[0]), lines
     assert lines[1].startswith("  rank 1 has not come: stopped by a signal"), lines
     assert lines[2].startswith("  likely: rank 1 was stopped from outside; next: "), lines
-    assert re.match(r"fastddp: rank 0 goes on .*; rank 1 came last", lines[-1]), lines
+    assert re.match(r"fastddp: the wait of rank 0 is over after .*; rank 1 came last", lines[-1]), lines
 
 
 # ---- different collectives -----------------------------------------------------------------------

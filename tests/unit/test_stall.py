@@ -154,6 +154,8 @@ def test_waits_of_one_thread_are_one() -> None:
     assert (both.number, both.missing, both.text, both.place) == (3, 2, "join: the count", 0)
     assert [w.number for w in waits_of(view(Rank([own, worker])).board(0))] == [4]
     assert [w.source for w in waits_of(view(Rank([own])).board(0))] == [Source.OWN_THREAD]
+    (both,) = waits_of(view(Rank([own, named, worker])).board(0))
+    assert (both.number, both.text, both.place) == (4, "join: the count", 2)
 
 
 # ---- who tells -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from fastddp.comm.waiting import waiting
 from fastddp.watch import board, groups, named, watcher
 from fastddp.watch.clerk import Clerk
 from fastddp.watch.layout import Source
+from fastddp.watch.slow_wait import SlowWait, What
 from fastddp.watch.watcher import Watcher
 
 
@@ -145,14 +146,14 @@ def test_a_wait_of_python_can_be_ordered_to_fail(group: Group, look: Callable[[]
 
     def body() -> None:
         look()
-        own.obey()  # there is no order yet
+        slow = SlowWait(What("a collective"), time.monotonic_ns())
+        slow.look()  # there is no order yet
         (mine,) = own.read().waits
         assert own.order_to_fail(mine, "all of them wait for ever")
-        own.obey()
+        slow.look()
 
     with pytest.raises(dist.DistBackendError, match=r"a call failed.*: all of them wait for ever"):
         wait(group, "a call", body)
-    own.obey()  # it is obeyed once
 
 
 def test_a_wait_that_is_over_cannot_be_ordered_to_fail(
@@ -173,7 +174,7 @@ def test_a_wait_that_is_over_cannot_be_ordered_to_fail(
     def another() -> None:
         look()
         assert not own.order_to_fail(seen[0], "too late")
-        own.obey()
+        SlowWait(What("a collective"), time.monotonic_ns()).look()
 
     wait(group, "another", another)
 

@@ -88,7 +88,9 @@ class AllReduceLauncher:
         except torch.distributed.DistBackendError as error:  # it has been waited for already
             return Launch(bucket, partial(_raise, error))
 
-        return Launch(bucket, partial(self._context.wait_for, work))
+        number = bucket.collective.number
+        what = "the all-reduce of gradients"
+        return Launch(bucket, partial(self._context.wait_for, work, what, number))
 
     def end_buckets(self, launches: Sequence[Launch]) -> list[Launch]:
         """See :class:`Launcher`."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.distributed import ProcessGroup
 
+from fastddp.comm.groups import name_of
 from fastddp.comm.patience import is_shm, way_to_wait
 from fastddp.device.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.device.compiler import refuse_compiled_autograd, untraced
@@ -34,11 +35,13 @@ from fastddp.engine.python.manner import Gives, Manner
 from fastddp.engine.python.mark_reader import MarkReader
 from fastddp.engine.python.nodes import backward_accumulates
 from fastddp.engine.python.parameters import Parameter
-from fastddp.engine.python.phase import Phase, move
+from fastddp.engine.python.phase import PHASES, Phase, move
 from fastddp.engine.python.round import Round
 from fastddp.engine.schedule import Schedule
 from fastddp.engine.stats import RoundStats
 from fastddp.engine.weak_group import WeakGroup
+from fastddp.watch.layout import id_of
+from fastddp.watch.model_place import ModelPlace
 
 
 class PythonReducer:
@@ -68,8 +71,10 @@ class PythonReducer:
             device,
             subject.number,
             subject.title,
+            id_of(name_of(group)),
             way_to_wait(group, device),
         )
+        self._on_board = ModelPlace(context.number, context.group_id)
         self._order_in_group = order_of(group)
         self._order_in_group.introduce(subject.number, subject.title)
         self._turn = Turn(self._order_in_group, id(self))
@@ -96,6 +101,7 @@ class PythonReducer:
 
     def __del__(self) -> None:
         self._turn.end()
+        self._on_board.free()
         self._round = None
         del self._launcher  # a hook's buffers are views, which hold what they are views of
         self._installation.settle()
@@ -258,6 +264,8 @@ class PythonReducer:
         if not self._is_retired:
             assert self._round is not None
             self._round.take(param)
+            self._on_board.set_last_param(index)
+            self._on_board.set_launched(len(self._round.launches))
 
     @torch.no_grad()
     @noting_errors
@@ -265,7 +273,7 @@ class PythonReducer:
         current = self._round
         if self._phase is Phase.FINALIZED:
             # What came after the hook that finalized has autograd's caller wait for its stream.
-            self._phase = move(self._phase, Phase.BETWEEN)
+            self._move_to(Phase.BETWEEN)
         elif current is None:
             return
         elif not ok:
@@ -283,7 +291,7 @@ class PythonReducer:
 
     def _begin_round(self, gives: Gives) -> None:
         refuse_compiled_autograd()  # or gradients get lost without a word
-        filling = move(self._phase, Phase.FILLING)  # refused before anything has changed
+        move(self._phase, Phase.FILLING)  # refused before anything has changed
         is_captured = is_capturing(self._context.device)
         if is_captured:
             self._check_capture()
@@ -313,7 +321,7 @@ class PythonReducer:
         self._round = Round(
             manner, self._parameters, buckets, self._launcher, self._turn, self._context
         )
-        self._phase = filling
+        self._move_to(Phase.FILLING)
         self._turn.begin()
         self.began_ns = self._round.times.began_ns
 
@@ -367,7 +375,7 @@ class PythonReducer:
         except BaseException:
             self._drop(current)
             raise
-        self._phase = move(self._phase, Phase.IN_FLIGHT)
+        self._move_to(Phase.IN_FLIGHT)
 
     def _finish_round(self, then: Phase = Phase.BETWEEN) -> None:
         """Waits until the round's gradients are reduced, and writes them to ``.grad``."""
@@ -383,7 +391,8 @@ class PythonReducer:
         except BaseException:
             self._drop(current, then)
             raise
-        self._round, self._phase = None, move(self._phase, then)
+        self._round = None
+        self._move_to(then)
         manner = current.manner
         has_changed = not manner.is_captured and self._marks.read(
             current.buckets.marks(), at_once=self._is_retired
@@ -393,6 +402,7 @@ class PythonReducer:
         if self._is_lazy:
             current.leave_buckets()
         self.figures.note_round(current.times, start, end, overlaps=manner.is_early)
+        self._show_phase()
         if manner.gives is Gives.BACKWARD:
             self._knows_counts |= not manner.is_retired
             self.figures.note_unused_here(current.unused_here())
@@ -410,6 +420,7 @@ class PythonReducer:
     def _launch_rest(self, current: Round, *, waits: bool) -> None:
         """Launches what is left of the round, and what the ranks agree on after it."""
         current.launch_rest(waits=waits)
+        self._on_board.set_launched(len(current.launches))
         gives = current.manner.gives
         if not self._agreements.order_is_learned and gives is not Gives.WHAT_IS_THERE:
             self._agreements.start_with_order(current.order())
@@ -433,7 +444,16 @@ class PythonReducer:
         """Ends a round that failed. Collectives may write to its buckets; the next has others."""
         self._installation.uninstall([launch.wait for launch in current.launches])
         self._turn.end()
-        self._round, self._phase = None, move(self._phase, then)
+        self._round = None
+        self._move_to(then)
+
+    def _move_to(self, phase: Phase) -> None:
+        self._phase = move(self._phase, phase)
+        self._show_phase()
+
+    def _show_phase(self) -> None:
+        """Shows on the board of this process what this reducer has come to."""
+        self._on_board.set_phase(PHASES.index(self._phase), self.figures.stats.rounds)
 
 
 def _gradient_hook(reducer: weakref.ref[PythonReducer], index: int) -> Callable[..., None]:
