@@ -95,7 +95,14 @@ def _about_absences(absences: Sequence[Absence]) -> Iterator[str]:
             rest = [rank for more in list(alike.values())[count:] for rank in more]
             yield f"  not there either: {ranks_text(rest)}"
             return
-        yield f"  {ranks_text(ranks)} {'have' if len(ranks) > 1 else 'has'} not come: {text}"
+        if len(ranks) > 1:
+            yield f"  {ranks_text(ranks)} have not come: {_of_each(text)}"
+        else:
+            yield f"  {ranks_text(ranks)} has not come: {text}"
+
+
+def _of_each(text: str) -> str:
+    return f"each {text.removeprefix('it ')}" if text.startswith("it ") else text
 
 
 def _about(absence: Absence) -> str:

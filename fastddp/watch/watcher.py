@@ -182,7 +182,9 @@ class Watcher:
             lasted_s = (view.now_ns - wait.since_ns) / 1e9
             if wait.group is None or lasted_s < self._patience(_ASK_AFTER_S):
                 continue
-            seen = next((w for w in waits_of(view.board(view.me)) if w.thread == wait.thread), None)
+            mine = waits_of(view.board(view.me))
+            # Where another thread of this process carries it out, the wait has that thread's number.
+            seen = next((w for w in mine if wait.thread == w.thread or wait.call == w.text), None)
             if seen is not None:
                 wait.absent = text.missing_text(view, absent_from(view, view.me, seen))
 

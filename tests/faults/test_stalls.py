@@ -132,7 +132,9 @@ def test_a_stopped_rank_is_told(transport: str, capsys: pytest.CaptureFixture[st
     assert re.match(r"fastddp: rank 0 has waited for 1\.\d s in ", lines[0]), lines
     assert lines[1].startswith("  rank 1 has not come: stopped by a signal"), lines
     assert lines[2].startswith("  likely: rank 1 was stopped from outside; next: "), lines
-    assert re.match(r"fastddp: the wait of rank 0 is over after .*; rank 1 came last", lines[-1]), lines
+    assert re.match(r"fastddp: the wait of rank 0 is over after .*; rank 1 came last", lines[-1]), (
+        lines
+    )
 
 
 # ---- different collectives -----------------------------------------------------------------------
