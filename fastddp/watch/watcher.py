@@ -183,7 +183,7 @@ class Watcher:
             if wait.group is None or lasted_s < self._patience(_ASK_AFTER_S):
                 continue
             mine = waits_of(view.board(view.me))
-            # Where another thread of this process carries it out, the wait has that thread's number.
+            # Where another thread of this process carries it out, the wait is that thread's.
             seen = next((w for w in mine if wait.thread == w.thread or wait.call == w.text), None)
             if seen is not None:
                 wait.absent = text.missing_text(view, absent_from(view, view.me, seen))
