@@ -6,6 +6,7 @@
 #include <exception>
 #include <utility>
 
+#include "core/slow_wait.h"
 #include "reducer/tensors.h"
 #include "tensor/error_text.h"
 #include "tensor/slot.h"
@@ -179,6 +180,8 @@ void Round::wait() {
     context_.record(events::Kind::kWaitBegin, launch.id.number);
     try {
       launch.wait();
+    } catch (const Interruption&) {
+      throw;
     } catch (const std::exception& error) {
       TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", context_.rank(),
                        ": the all-reduce of ", describe(launch.id, *buckets_.plan(), params_),

@@ -76,6 +76,7 @@ class Round {
   void leave_buckets();
 
   // For the collectives that are under way.
+  std::size_t num_launched() const { return launches_.size(); }
   std::vector<Wait> waits() const;
   // What is wrong with a gradient, for the end of the round.
   const std::exception_ptr& error() const { return leftovers_.error(); }

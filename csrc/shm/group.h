@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "core/events.h"
+#include "core/slow_wait.h"
 #include "shm/layout.h"
 #include "shm/process.h"
 
@@ -112,6 +113,14 @@ class Group {
   // Records the end of the current collective, or that it has failed; see Ending.
   void record_end(bool has_failed) const;
 
+  // What this group is called on the board.
+  std::uint64_t id() const { return id_; }
+  // For a wait in the current collective, in the thread that carries it out.
+  SlowWait::What what() const {
+    return {board::Source::kShm, id_, count(), calls_[me_].label};
+  }
+  std::string describe_current() const;
+
   std::string describe(const Call& call) const;
 
   // Returns text such as "rank 0 called ..., rank 1 called ...", with advice, for two calls that do
@@ -126,6 +135,7 @@ class Group {
   [[noreturn]] void throw_verdict(const std::string& what) const;
   void write_verdict(const std::string& why);
   void wait_slowly(std::size_t index, Time time);
+  void look_around(SlowWait& wait, Time time);
   void find_fault(std::size_t index, Time time);
   void record(std::uint64_t time, events::Kind kind, std::uint64_t b) const;
   void record_meeting() const;
@@ -133,7 +143,6 @@ class Group {
   void compare(std::size_t index);
   void check_operand(std::size_t index);
   void retire_operand() const;
-  std::string describe_current() const;
 
   const Layout layout_;
   const std::vector<Member> members_;
