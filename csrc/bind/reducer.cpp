@@ -85,12 +85,11 @@ py::dict stats_of(const Reducer& reducer) {
   }
   return py::dict("rounds"_a = stats.rounds, "wait_us_total"_a = stats.wait_us_total,
                   "wait_us_last"_a = stats.wait_us_last,
-                  "bytes_per_round"_a = stats.bytes_per_round,
-                  "num_buckets"_a = stats.num_buckets, "overlaps"_a = stats.overlaps,
-                  "began_ns"_a = stats.began_ns, "backward_us_last"_a = stats.backward_us_last,
+                  "bytes_per_round"_a = stats.bytes_per_round, "num_buckets"_a = stats.num_buckets,
+                  "overlaps"_a = stats.overlaps, "began_ns"_a = stats.began_ns,
+                  "backward_us_last"_a = stats.backward_us_last,
                   "comm_us_last"_a = stats.comm_us_last,
-                  "unused_bytes_last"_a = stats.unused_bytes_last,
-                  "is_static"_a = stats.is_static);
+                  "unused_bytes_last"_a = stats.unused_bytes_last, "is_static"_a = stats.is_static);
 }
 
 }  // namespace
@@ -113,8 +112,8 @@ void bind_reducer(py::module_& m) {
                              py::cpp_function(&Reducer::has_left_news, without_gil))
       .def_property_readonly("began_ns", &Reducer::began_ns)
       .def_property_readonly(
-          "rounds", py::cpp_function([](const Reducer& self) { return self.stats().rounds; },
-                                     without_gil))
+          "rounds",
+          py::cpp_function([](const Reducer& self) { return self.stats().rounds; }, without_gil))
       .def("read_left_news", &Reducer::read_left_news, without_gil)
       .def("leave_news", &Reducer::leave_news, without_gil)
       .def("is_stale", &Reducer::is_stale, without_gil)

@@ -18,8 +18,8 @@ class Ring {
  public:
   explicit Ring(std::size_t capacity)
       : capacity_(capacity),
-        words_(*new std::vector<std::atomic<std::uint64_t>>(kHeaderWords +
-                                                            capacity * kEventWords)) {
+        words_(
+            *new std::vector<std::atomic<std::uint64_t>>(kHeaderWords + capacity * kEventWords)) {
     words_[1] = capacity;
   }
   ~Ring() { fastddp::events::use(nullptr); }
@@ -31,7 +31,9 @@ class Ring {
   std::uint64_t word(std::size_t place, std::size_t word) const {
     return words_[kHeaderWords + place % capacity_ * kEventWords + word].load();
   }
-  fastddp::events::Kind kind(std::size_t place) const { return static_cast<fastddp::events::Kind>(word(place, 1) & 0xFF); }
+  fastddp::events::Kind kind(std::size_t place) const {
+    return static_cast<fastddp::events::Kind>(word(place, 1) & 0xFF);
+  }
   std::uint64_t number(std::size_t place) const { return word(place, 1) >> 8 & 0xFFFFFF; }
   std::uint64_t owner(std::size_t place) const { return word(place, 1) >> 32; }
 
