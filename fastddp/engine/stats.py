@@ -52,17 +52,22 @@ class Stats:
             return "no synchronised backward so far"
         mean_us = self.wait_us_total / self.rounds
         when = "while backward runs" if self.overlaps else "at the end of backward"
-        unused = _size(self.unused_bytes_last) if self.unused_bytes_last else "none"
         rows = {
             "buckets": f"{self.num_buckets}, {_size(self.bytes_per_round)} in all, launched {when}",
             "waiting": f"{_time(mean_us)} per backward, {_time(self.wait_us_total)} in all",
             "latest backward": f"{_time(self.backward_us_last)}, then {_time(self.wait_us_last)} of"
             " waiting",
             "latest communication": f"{_time(self.comm_us_last)} from first launch to last result",
-            "latest unused": f"{unused}, {'as' if self.is_static else 'not as'} in every backward",
+            "unused parameters": self._unused(),
         }
         lines = [f"{self.rounds} synchronised backward{'s' if self.rounds > 1 else ''}"]
         return "\n".join(lines + [f"  {name:<20} {value}" for name, value in rows.items()])
+
+    def _unused(self) -> str:
+        if not self.unused_bytes_last and self.is_static:
+            return "none"
+        before = "the same in all" if self.is_static else "others before"
+        return f"{_size(self.unused_bytes_last)} in the latest backward, {before}"
 
 
 def _time(us: float) -> str:
