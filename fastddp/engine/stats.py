@@ -61,7 +61,7 @@ class Stats:
             "unused parameters": self._unused(),
         }
         lines = [f"{self.rounds} synchronised backward{'s' if self.rounds > 1 else ''}"]
-        return "\n".join(lines + [f"  {name:<20} {value}" for name, value in rows.items()])
+        return "\n".join(lines + [f"  {name:<20}  {value}" for name, value in rows.items()])
 
     def _unused(self) -> str:
         if not self.unused_bytes_last and self.is_static:
