@@ -1,0 +1,156 @@
+"""The summary of a run: figures of each part of a step, and who was last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from fastddp.timeline.figures import Figure, figure
+from fastddp.timeline.matched import Key, Last, find_last, last_launches, match
+from fastddp.timeline.parts import Part, parts_of, tells_lateness
+from fastddp.timeline.steps import Recording, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How long the parts of a step took, over the steps of a rank or of all ranks."""
+
+    step: Figure
+    """The whole step, from the end of the one before."""
+    parts: dict[Part, Figure]
+    """Those that took any time."""
+    num_steps: int
+    """How many steps of how many ranks this is from."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastRank:
+    """How often a rank was the last to come, and by how much; times in milliseconds."""
+
+    rank: int
+    num_last: int
+    share: float
+    """Of the steps for which it is known which rank was last."""
+    by: float
+    """How much later than the first rank it came in these steps, the median."""
+    total: float
+    """The same, the sum of these steps."""
+    before_forward: float | None
+    """How much of that was before its forward began, the median; None if it is not known."""
+    in_forward: float | None
+    in_backward: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """What the recordings tell of the steps of one model."""
+
+    owner: int
+    """The model's number, the same on all ranks."""
+    first: int
+    last: int
+    """The numbers of the first and the last step that are known."""
+    ranks: dict[int, Durations]
+    """By rank."""
+    all_ranks: Durations
+    lasts: list[LastRank]
+    """The ranks that were last, those first that cost the others most."""
+    tells_lateness: bool
+    """Whether it is known how much of the exposed communication was waiting for late ranks."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the same as dictionaries, lists and numbers, in milliseconds."""
+        return {
+            "model": self.owner,
+            "first_step": self.first,
+            "last_step": self.last,
+            "tells_lateness": self.tells_lateness,
+            "all_ranks": _as_dict(self.all_ranks),
+            "ranks": {rank: _as_dict(durations) for rank, durations in self.ranks.items()},
+            "last_to_come": [asdict(last) for last in self.lasts],
+        }
+
+
+def _as_dict(durations: Durations) -> dict[str, Any]:
+    return {
+        "steps": durations.num_steps,
+        "step": asdict(durations.step),
+        **{part.value: asdict(figure) for part, figure in durations.parts.items()},
+    }
+
+
+def summarize(recordings: Mapping[int, Recording], world_size: int | None) -> list[ModelSummary]:
+    """Returns a summary for each model, in the order of their first steps.
+
+    Args:
+        recordings: what the ranks did, by rank, on one clock.
+        world_size: the number of ranks that there are; None if it is not known.
+    """
+    matched = match(recordings)
+    models = list(dict.fromkeys(owner for owner, _ in matched))
+    return [_summarize(owner, recordings, matched, world_size) for owner in models]
+
+
+def _summarize(
+    owner: int,
+    recordings: Mapping[int, Recording],
+    matched: Mapping[Key, Mapping[int, Step]],
+    world_size: int | None,
+) -> ModelSummary:
+    launches = {key: last_launches(steps) for key, steps in matched.items() if key[0] == owner}
+    parts: dict[int, list[dict[Part, int]]] = {}
+    tells = False
+    for rank, recording in recordings.items():
+        steps = [step for step in recording.steps if step.owner == owner]
+        whole = [step for step in steps if step.begin is not None] or steps
+        if whole:
+            parts[rank] = [parts_of(s, launches.get((owner, s.number))) for s in whole]
+            tells = tells or any(tells_lateness(s, launches.get((owner, s.number))) for s in whole)
+    lasts = [find_last(steps, world_size) for key, steps in matched.items() if key[0] == owner]
+    numbers = [number for of, number in matched if of == owner]
+    return ModelSummary(
+        owner=owner,
+        first=min(numbers),
+        last=max(numbers),
+        ranks={rank: _durations([steps]) for rank, steps in sorted(parts.items())},
+        all_ranks=_durations(list(parts.values())),
+        lasts=_last_ranks([last for last in lasts if last is not None and last.by > 0]),
+        tells_lateness=tells,
+    )
+
+
+def _durations(ranks: Sequence[Sequence[Mapping[Part, int]]]) -> Durations:
+    """Returns the figures of steps, which come by rank."""
+    figures = {}
+    for part in Part:
+        of_part = [[step[part] for step in steps] for steps in ranks]
+        if any(any(steps) for steps in of_part):
+            figures[part] = figure(of_part)
+    whole = figure([[sum(step.values()) for step in steps] for steps in ranks])
+    return Durations(whole, figures, sum(map(len, ranks)))
+
+
+def _last_ranks(lasts: Sequence[Last]) -> list[LastRank]:
+    result = []
+    for rank in {last.rank for last in lasts}:
+        mine = [last for last in lasts if last.rank == rank]
+        result.append(
+            LastRank(
+                rank=rank,
+                num_last=len(mine),
+                share=len(mine) / len(lasts),
+                by=median(last.by for last in mine) / 1e6,
+                total=sum(last.by for last in mine) / 1e6,
+                before_forward=_median_ms([last.before_forward for last in mine]),
+                in_forward=_median_ms([last.in_forward for last in mine]),
+                in_backward=_median_ms([last.in_backward for last in mine]),
+            )
+        )
+    return sorted(result, key=lambda last: -last.total)
+
+
+def _median_ms(values: Sequence[int | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) / 1e6 if known else None
