@@ -100,6 +100,15 @@ class KeptMemory:
 def kept_memory() -> KeptMemory:
     """Returns what the cache holds now. Thread-safe."""
 
+def use_events(address: int) -> None:
+    """Has C++ write its events to the ring at this address from now on; 0 for none.
+
+    A ring that was in use must never be unmapped: a thread may be about to write to it.
+    """
+
+def record_event(kind: int, owner: int, a: int, b: int) -> None:
+    """Records an event that happens now, see :func:`fastddp.watch.events.record`. Thread-safe."""
+
 class Stats:
     @property
     def rounds(self) -> int: ...

@@ -22,6 +22,7 @@ from fastddp.errors import MismatchError, RankError
 from fastddp.integrations.patch import patch
 from fastddp.report import info
 from fastddp.version import __version__
+from fastddp.watch.events import trace
 
 __all__ = [
     "DataParallel",
@@ -38,6 +39,7 @@ __all__ = [
     "memory",
     "patch",
     "spawn",
+    "trace",
     "unflatten",
     "wrap",
 ]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def engine() -> str | None:
@@ -55,6 +56,12 @@ def keep_memory() -> bool:
         ValueError: if the variable is neither 0 nor 1.
     """
     return _is_on("FASTDDP_KEEP_MEMORY")
+
+
+def trace() -> Path | None:
+    """Returns ``FASTDDP_TRACE``: the folder for files with the ranks' events; None for no files."""
+    value = os.environ.get("FASTDDP_TRACE")
+    return Path(value).absolute() if value else None
 
 
 def side_stream() -> bool:

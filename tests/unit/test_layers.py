@@ -15,13 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON_LAYERS: dict[str, set[str]] = {
     "base": set(),
     "device": {"base"},
-    "comm": {"base", "device"},
-    "engine": {"base", "device", "comm"},
-    "ddp": {"base", "device", "comm", "engine"},
+    "watch": {"base"},
+    "comm": {"base", "device", "watch"},
+    "engine": {"base", "device", "watch", "comm"},
+    "ddp": {"base", "device", "watch", "comm", "engine"},
     "data": {"base", "comm"},
     "data_parallel": {"base", "device", "engine"},
     "integrations": {"ddp"},
-    "top": {"base", "device", "comm", "engine", "ddp", "data", "data_parallel", "integrations"},
+    "top": {
+        *("base", "device", "watch", "comm", "engine", "ddp"),
+        *("data", "data_parallel", "integrations"),
+    },
 }
 # The files beside the packages: at the bottom what all may import, at the top what nobody imports.
 FILES = {
