@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-from fastddp.timeline.spans import Span, covered
+from fastddp.timeline.spans import Span, covered, merged
 from fastddp.timeline.steps import Step
 
 
@@ -40,7 +40,7 @@ def parts_of(step: Step, last_launches: Mapping[int, int] | None = None) -> dict
             clock of the step; for transports that do not tell when the ranks met.
     """
     exposed = step.exposed
-    late = covered(span.within(exposed) for span in _absences(step, last_launches or {}))
+    late = covered(late_spans(step, last_launches))
     first = min([step.forward, *(span.begin for span in step.forwards)])
     optimizer = covered(step.optimizer)
     begin = first if step.begin is None else min(step.begin, first)
@@ -53,6 +53,16 @@ def parts_of(step: Step, last_launches: Mapping[int, int] | None = None) -> dict
         Part.OPTIMIZER: optimizer,
     }
     return {Part.OTHER: step.end - begin - sum(known.values()), **known}
+
+
+def late_spans(step: Step, last_launches: Mapping[int, int] | None = None) -> list[Span]:
+    """Returns the times, without overlap, in which a rank waited for late ranks and did nothing.
+
+    Args:
+        step: the step of the rank that waited.
+        last_launches: when the last rank launched each collective, as for :func:`parts_of`.
+    """
+    return merged(span.within(step.exposed) for span in _absences(step, last_launches or {}))
 
 
 def _absences(step: Step, last_launches: Mapping[int, int]) -> list[Span]:

@@ -107,8 +107,9 @@ def _latest(found: list[tuple[str, Ring]]) -> tuple[dict[int, Ring], list[str]]:
             left_out.append(f"{name}: it is from an earlier run")
         else:
             rings[ring.rank], names[ring.rank] = ring, name
-    left_out += [f"{name}: its process did not know its rank" for name, ring in found
-                 if ring.rank is None]
+    left_out += [
+        f"{name}: its process did not know its rank" for name, ring in found if ring.rank is None
+    ]
     return dict(sorted(rings.items())), left_out
 
 

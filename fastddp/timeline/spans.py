@@ -44,3 +44,18 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 def covered(spans: Iterable[Span]) -> int:
     """Returns how many nanoseconds at least one of the spans covers."""
     return sum(span.length for span in merged(spans))
+
+
+def gaps(spans: Iterable[Span], outer: Span) -> list[Span]:
+    """Returns the parts of a span that no other one covers.
+
+    Args:
+        spans: the spans that cover something, in any order.
+        outer: the span that has the gaps.
+    """
+    result, at = [], outer.begin
+    for span in merged(span.within(outer) for span in spans):
+        result.append(Span(at, span.begin))
+        at = span.end
+    result.append(Span(at, outer.end))
+    return [span for span in result if span.length]

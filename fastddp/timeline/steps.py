@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastddp.timeline.spans import Span
-from fastddp.watch.ring_reader import Event, Kind
+from fastddp.watch.events import Kind
+from fastddp.watch.ring_reader import Event
 
 
 @dataclass(slots=True)
@@ -97,6 +98,8 @@ class Recording:
 
     steps: list[Step] = field(default_factory=list)
     """Whole steps in the order in which their rounds ended."""
+    unfinished: list[Step] = field(default_factory=list)
+    """Rounds that had begun and not ended, with the end of the recording as the end."""
     stalls: list[Stall] = field(default_factory=list)
     errors: list[int] = field(default_factory=list)
     """When waits ended with an error."""
@@ -119,6 +122,8 @@ class _Model:
     begin: int | None = None
     """When what was before that forward had ended."""
     round: Step | None = None
+    has_failed: bool = False
+    """Whether the round under way has met an error: it takes what time it takes."""
     fills: dict[int, int] = field(default_factory=dict)
     waits: dict[int, int] = field(default_factory=dict)
 
@@ -138,6 +143,8 @@ class _Reading:
 
     def take(self, event: Event) -> None:
         kind = event.kind
+        self.result.first = self.result.first or event.at
+        self.result.last = event.at
         if kind in (Kind.COLLECTIVE_BEGIN, Kind.COLLECTIVE_MET, Kind.COLLECTIVE_END):
             self._take_meeting(event)
         elif kind in (Kind.OPTIMIZER_BEGIN, Kind.OPTIMIZER_END):
@@ -146,6 +153,8 @@ class _Reading:
             self._take_stall(event)
         elif kind is Kind.ERROR:
             self.result.errors.append(event.at)
+            if event.owner in self._models:
+                self._models[event.owner].has_failed = True
         elif kind is Kind.INTERRUPTED:
             self.result.interrupted.append(event.at)
         else:
@@ -183,7 +192,7 @@ class _Reading:
         if model.forward is not None:
             forward, begin = model.forward, model.begin
         model.forwards = [span for span in model.forwards if span.begin < forward]
-        model.fills, model.waits = {}, {}
+        model.fills, model.waits, model.has_failed = {}, {}, False
         model.round = Step(
             owner=event.owner,
             number=event.a,
@@ -209,10 +218,11 @@ class _Reading:
             begun = [launch.wait.begin for launch in current.launches if launch.wait]
             current.backward_end = min(begun, default=event.at)
         current.meetings, self._recent = self._recent, []
-        self.result.steps.append(current)
+        if not model.has_failed:
+            self.result.steps.append(current)
         self._models[event.owner] = _Model()
         self._end = event.at
-        self._is_between = True
+        self._is_between = not model.has_failed
 
     def _take_optimizer(self, event: Event) -> None:
         if event.kind is Kind.OPTIMIZER_BEGIN:
@@ -249,6 +259,12 @@ class _Reading:
 
     def finish(self) -> Recording:
         self.result.doing = self._doing()
+        for model in self._models.values():
+            if model.round is not None:
+                model.round.backward_end = model.round.backward_end or self.result.last
+                model.round.end_of_round = self.result.last
+                model.round.meetings = [m for m in self._recent if m.owner == model.round.owner]
+                self.result.unfinished.append(model.round)
         return self.result
 
     def _doing(self) -> str:
@@ -275,11 +291,6 @@ def read_steps(events: Iterable[Event]) -> Recording:
         events: the events of the process by time.
     """
     reading = _Reading()
-    first = last = None
     for event in events:
-        first = event.at if first is None else first
-        last = event.at
         reading.take(event)
-    result = reading.finish()
-    result.first, result.last = first or 0, last or 0
-    return result
+    return reading.finish()

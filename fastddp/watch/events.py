@@ -181,6 +181,14 @@ def dump(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
+def snapshot() -> bytes:
+    """Returns the ring as it is now, for :func:`fastddp.watch.ring_reader.parse`; any thread may."""
+    start()
+    ring = _ring
+    assert ring is not None
+    return ring.copy()
+
+
 def _name(ring: Ring) -> str:
     rank = ring.get(Header.RANK)
     return f"rank-{'unknown' if rank == UNKNOWN_RANK else rank}.{os.getpid()}.ring"

@@ -8,60 +8,22 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-MAGIC = 0x3130_5645_5453_4146
-"""The first word: which version of the layout the ring has."""
-HEADER_WORDS, EVENT_WORDS = 16, 4
-MOST_EVENTS = 1 << 24
-"""An event carries the lowest 24 bits of its number, so a larger ring would be ambiguous."""
-UNKNOWN = (1 << 64) - 1
+from fastddp.watch.events import Kind
+from fastddp.watch.ring import EVENT_WORDS, HEADER_WORDS, MAGIC, NUMBER_BITS, Header
+
+MOST_EVENTS = 1 << NUMBER_BITS
+"""An event carries the lowest bits of its number, so a larger ring would be ambiguous."""
 LATEST = 1 << 62
 """Times from here on, in nanoseconds, are not times: a century and more after the boot."""
-
-
-class Header(IntEnum):
-    """The words at the beginning of a ring."""
-
-    MAGIC = 0
-    CAPACITY = 1
-    NEXT = 2
-    PID = 3
-    RANK = 4
-    WORLD_SIZE = 5
-    MADE = 6
-    MADE_EPOCH = 7
-    HOST = 8
-
-
-class Kind(IntEnum):
-    """What has happened."""
-
-    FORWARD_BEGIN = 1
-    FORWARD_END = 2
-    ROUND_BEGIN = 3
-    BACKWARD_END = 4
-    FILL_BEGIN = 5
-    LAUNCH = 6
-    WAIT_BEGIN = 7
-    WAIT_END = 8
-    ROUND_END = 9
-    OPTIMIZER_BEGIN = 10
-    OPTIMIZER_END = 11
-    COLLECTIVE_BEGIN = 12
-    COLLECTIVE_MET = 13
-    COLLECTIVE_END = 14
-    ERROR = 15
-    STALL_BEGIN = 16
-    STALL_END = 17
-    INTERRUPTED = 18
 
 
 class Event(NamedTuple):
@@ -119,26 +81,29 @@ def parse(data: bytes | memoryview, num_begun_since: int | None = None) -> Ring:
 
     Args:
         data: the memory, which may end early.
-        num_begun_since: what :attr:`Header.NEXT` said after the copy was made, if the process may
+        num_begun_since: what the header's ``NEXT`` said after the copy was made, if the process may
             have gone on writing: events that it may have been overwriting meanwhile are left out.
 
     Raises:
         ValueError: if the header is not that of a ring.
     """
     if len(data) < 8 * HEADER_WORDS:
-        raise ValueError(f"a ring of events has a header of {8 * HEADER_WORDS} bytes; "
-                         f"this has {len(data)} bytes in all")
-    header: list[int] = np.frombuffer(data, "<u8", HEADER_WORDS).tolist()
+        raise ValueError(
+            f"a ring of events has a header of {8 * HEADER_WORDS} bytes; "
+            f"this has {len(data)} bytes in all"
+        )
+    header: list[int] = np.frombuffer(data, np.uint64, HEADER_WORDS).tolist()
     if header[Header.MAGIC] != MAGIC:
         raise ValueError(f"a ring of events begins with {MAGIC:#x}, not {header[Header.MAGIC]:#x}")
     capacity, begun = header[Header.CAPACITY], header[Header.NEXT]
     if not 1 <= capacity <= MOST_EVENTS or capacity & (capacity - 1):
-        raise ValueError(f"a capacity of {capacity} events is not a power of two up to "
-                         f"{MOST_EVENTS}")
+        raise ValueError(
+            f"a capacity of {capacity} events is not a power of two up to {MOST_EVENTS}"
+        )
     if begun >= LATEST:
         raise ValueError(f"a ring that was written to {begun} times")
     there = min(capacity, len(data) // 8 // EVENT_WORDS - HEADER_WORDS // EVENT_WORDS)
-    words = np.frombuffer(data, "<u8", there * EVENT_WORDS, 8 * HEADER_WORDS)
+    words = np.frombuffer(data, np.uint64, there * EVENT_WORDS, 8 * HEADER_WORDS)
     num_begun = min(begun, capacity)
     events = _whole(words.reshape(there, EVENT_WORDS), capacity, begun, num_begun_since or begun)
     rank, world_size, host = header[Header.RANK], header[Header.WORLD_SIZE], header[Header.HOST]
@@ -147,8 +112,8 @@ def parse(data: bytes | memoryview, num_begun_since: int | None = None) -> Ring:
         pid=header[Header.PID],
         rank=rank if is_ranked else None,
         world_size=world_size if is_ranked else None,
-        made_ns=header[Header.MADE],
-        made_epoch_ns=header[Header.MADE_EPOCH],
+        made_ns=header[Header.MADE_NS],
+        made_epoch_ns=header[Header.MADE_EPOCH_NS],
         host=host or None,
         num_begun=begun,
         num_torn=num_begun - len(events),
@@ -194,4 +159,4 @@ def read(path: Path) -> Ring:
             raise ValueError("it is not a regular file")
         data = file.read(8 * (HEADER_WORDS + EVENT_WORDS * MOST_EVENTS))
         again = os.pread(descriptor, 8, 8 * Header.NEXT)
-    return parse(data, int.from_bytes(again, "little"))
+    return parse(data, int.from_bytes(again, sys.byteorder))

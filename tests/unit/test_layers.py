@@ -16,6 +16,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "base": set(),
     "device": {"base"},
     "watch": {"base"},
+    "timeline": {"base", "watch"},
     "comm": {"base", "device", "watch"},
     "engine": {"base", "device", "watch", "comm"},
     "ddp": {"base", "device", "watch", "comm", "engine"},
@@ -23,14 +24,14 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "data_parallel": {"base", "device", "engine"},
     "integrations": {"ddp"},
     "top": {
-        *("base", "device", "watch", "comm", "engine", "ddp"),
+        *("base", "device", "watch", "timeline", "comm", "engine", "ddp"),
         *("data", "data_parallel", "integrations"),
     },
 }
 # The files beside the packages: at the bottom what all may import, at the top what nobody imports.
 FILES = {
     **dict.fromkeys(("_build_info", "config", "errors", "extension", "version"), "base"),
-    **dict.fromkeys(("__init__", "__main__", "report"), "top"),
+    **dict.fromkeys(("__init__", "__main__", "installed"), "top"),
 }
 
 BENCHMARK_LAYERS: dict[str, set[str]] = {
@@ -165,7 +166,7 @@ def test_cxx_includes_go_downward() -> None:
     [(a, b) for a in PYTHON_LAYERS for b in PYTHON_LAYERS if b not in PYTHON_LAYERS[a] | {a}],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, layer: str, other: str) -> None:
-    module = {"base": "config", "top": "report"}
+    module = {"base": "config", "top": "installed"}
     importer, imported = (module.get(name, f"{name}.inside.module") for name in (layer, other))
     for name, source in ((imported, ""), (importer, f"def f():\n  import fastddp.{imported}")):
         path = tmp_path / "fastddp" / f"{name.replace('.', '/')}.py"
@@ -183,7 +184,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, layer: str, other: str) -> None
             {"device/a": "import fastddp.device.b", "device/b": "from fastddp.device import a"},
             "fastddp.device.a imports itself",
         ),
-        ({"errors": "from fastddp import report", "report": ""}, "fastddp.errors imports"),
+        ({"errors": "from fastddp import installed", "installed": ""}, "fastddp.errors imports"),
         ({"stray": ""}, "fastddp.stray is in no layer"),
     ],
 )
