@@ -23,7 +23,7 @@ def write_trace(run: Run, path: Path) -> None:
     """Writes the trace of a run.
 
     Args:
-        run: the recordings.
+        run: the recordings of the run.
         path: the file to be written, JSON.
 
     Raises:
@@ -42,7 +42,7 @@ def trace_events(run: Run) -> Iterator[dict[str, Any]]:
     """Yields the events of the trace; times are microseconds from the first event of the run.
 
     Args:
-        run: the recordings.
+        run: the recordings of the run.
     """
     zero = min(recording.first for recording in run.recordings.values())
     launches = {key: last_launches(steps) for key, steps in match(run.recordings).items()}

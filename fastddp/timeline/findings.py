@@ -33,7 +33,7 @@ def headline(run: Run, models: Sequence[ModelSummary]) -> str:
     """Returns which ranks and steps a report is about, in a line.
 
     Args:
-        run: the recordings.
+        run: the recordings of the run.
         models: the summaries of the models that were trained.
     """
     there = len(run.rings)
@@ -167,7 +167,7 @@ def notes(run: Run) -> list[str]:
     """Returns sentences about what went wrong, and about what the figures rest on.
 
     Args:
-        run: the recordings.
+        run: the recordings of the run.
     """
     kinds = (_stalls(run), _errors(run), _ends(run), _missing(run), _clocks(run), _left_out(run))
     return [line for kind in kinds for line in _few(list(kind))]

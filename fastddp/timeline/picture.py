@@ -38,7 +38,9 @@ COLOURS = {
     Activity.COLLECTIVE: "#009E73",
     Activity.STALL: "#000000",
 }
-WHAT_TO_INSTALL = 'matplotlib is not installed: pip install "fastddp[report]", or matplotlib itself, for the picture'
+WHAT_TO_INSTALL = (
+    'matplotlib is not installed, which draws it: pip install "fastddp[report]" or "matplotlib"'
+)
 
 # A lane has the rank's own thread above, and below what goes on beside it.
 HEIGHTS = {
@@ -63,7 +65,7 @@ def draw(run: Run, models: Sequence[ModelSummary]) -> bytes:
     """Returns the picture of a run as a PNG, 1,200 pixels wide.
 
     Args:
-        run: the recordings.
+        run: the recordings of the run.
         models: the summaries of the models that were trained, at least one.
 
     Raises:

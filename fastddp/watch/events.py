@@ -182,7 +182,7 @@ def dump(directory: str | os.PathLike[str]) -> Path:
 
 
 def snapshot() -> bytes:
-    """Returns the ring as it is now, for :func:`fastddp.watch.ring_reader.parse`; any thread may."""
+    """Returns the ring as it is now, see :mod:`fastddp.watch.ring_reader`. From any thread."""
     start()
     ring = _ring
     assert ring is not None

@@ -140,7 +140,8 @@ def _whole(
         & (events[:, 0] < LATEST)
     )
     events = events[is_whole]
-    return events[np.argsort(events[:, 0], kind="stable")]
+    by_time: npt.NDArray[np.uint64] = events[np.argsort(events[:, 0], kind="stable")]
+    return by_time
 
 
 def read(path: Path) -> Ring:
