@@ -38,9 +38,7 @@ COLOURS = {
     Activity.COLLECTIVE: "#009E73",
     Activity.STALL: "#000000",
 }
-WHAT_TO_INSTALL = (
-    'matplotlib is not installed, which draws it: pip install "fastddp[report]" or "matplotlib"'
-)
+WHAT_TO_INSTALL = 'matplotlib, which draws it, is not installed: pip install "fastddp[report]"'
 
 # A lane has the rank's own thread above, and below what goes on beside it.
 HEIGHTS = {
