@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/board.h"
 #include "shm/error.h"
 #include "shm/heap.h"
 #include "shm/process.h"
@@ -48,7 +49,8 @@ LocalGroup LocalGroup::open(int rank, const LocalRanks& local) {
   }
   const auto me = std::find(local.ranks.begin(), local.ranks.end(), rank) - local.ranks.begin();
   memory->group =
-      std::make_unique<shm::Group>(layout, std::move(members), static_cast<std::size_t>(me));
+      std::make_unique<shm::Group>(layout, std::move(members), static_cast<std::size_t>(me),
+                                   board::id_of(local.name));
   return {{memory, memory->group.get()}, layout};
 }
 

@@ -14,7 +14,9 @@
 #include "backend/errors.h"
 #include "backend/plain.h"
 #include "backend/turn_work.h"
+#include "core/board.h"
 #include "core/deadline.h"
+#include "core/slow_wait.h"
 #include "shm/error.h"
 #include "shm/label.h"
 #include "tensor/error_text.h"
@@ -34,6 +36,7 @@ Starter::Starter(
 c10::intrusive_ptr<c10d::Work> Starter::start(Request request, Body body) {
   check_usable();
   count_.fetch_add(1, std::memory_order_relaxed);
+  board::note_issuer();
   const auto timeout =
       request.timeout == c10d::kUnsetTimeout ? connections_.timeout() : request.timeout;
   // Inference tensors may be written to in inference mode only, which is a thread's own.
@@ -54,10 +57,21 @@ c10::intrusive_ptr<c10d::Work> Starter::start(Request request, Body body) {
                                             turns_);
   if (request.async) {
     work->submit(std::move(turn));
-  } else {
+    return work;
+  }
+  try {
     work->run(turn);
+  } catch (const Interruption& error) {  // maybe before its turn has come
+    abort("rank " + std::to_string(rank_) + " was interrupted (" + error.name() + ")");
+    throw;
   }
   return work;
+}
+
+// Breaks the group, and tells the other hosts, which would wait for this rank's part.
+void Starter::abort(const std::string& why) {
+  group_.abort(why);
+  if (spans_hosts()) tell_other_hosts();
 }
 
 void Starter::run(const Body& body, std::chrono::milliseconds timeout) {
@@ -68,10 +82,11 @@ void Starter::run(const Body& body, std::chrono::milliseconds timeout) {
   } catch (const shm::Error& error) {
     if (spans_hosts()) tell_other_hosts();
     TORCH_CHECK_WITH(DistBackendError, false, error.what());
+  } catch (const Interruption&) {
+    throw;
   } catch (const std::exception& error) {
     // This rank may not have begun what the others are in.
-    group_.abort("rank " + std::to_string(rank_) + " failed: " + text_of(error));
-    if (spans_hosts()) tell_other_hosts();
+    abort("rank " + std::to_string(rank_) + " failed: " + text_of(error));
     throw;
   }
 }
@@ -91,6 +106,7 @@ void Starter::announce(shm::Kind kind) {
   count_.fetch_add(1, std::memory_order_relaxed);
   const auto body = [this, kind, label = shm::Label::current()] {
     const shm::Label whose(label);
+    const shm::Ending ending(group_);
     collectives_.announce(kind, 0, deadline_in(connections_.timeout()));
   };
   if (!turns_->idle()) {

@@ -68,6 +68,7 @@ class Starter {
 
  private:
   void run(const Body& body, std::chrono::milliseconds timeout);
+  void abort(const std::string& why);
   void tell_other_hosts();
   bool spans_hosts() const { return static_cast<int>(group_.size()) != size_; }
 

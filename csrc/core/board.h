@@ -4,7 +4,7 @@
 // The memory is made by `fastddp/watch/board.py`, which has the same layout; so has the reader. It
 // consists of words of 64 bits, because Python can store one at a time. Every word has one writer
 // at a time. A wait is several words that belong together, so its first word is a sequence lock: it
-// is odd while the wait is being written (layout.cpp in csrc/shm does the same for a call).
+// is odd while the wait is being written (csrc/shm/layout.cpp does the same for a call).
 //
 // Writing takes no lock and no system call. Nothing is written for a wait that is over within the
 // first look-around, so a healthy step writes what its model has come to, and nothing else.
@@ -20,8 +20,8 @@ namespace fastddp {
 
 namespace board {
 
-// The words at the beginning. `fastddp/watch/layout.py` says what each is, and writes all of them
-// but the last two.
+// The words at the beginning; `fastddp/watch/layout.py` says what each is. C++ writes only the
+// words kEnding, kIssuer and kHandOvers.
 enum Header : std::size_t {
   kMagic,
   kPid,
@@ -32,8 +32,8 @@ enum Header : std::size_t {
   kStackFile,
   kMainThread,
   kEnding,
-  kIssuer,   // the kernel's number of the thread that began the latest collective
-  kIssuers,  // how often another thread has begun one than did before
+  kIssuer,    // the kernel's number of the thread that began the latest collective
+  kHandOvers, // how often another thread began one than did before
   kHeaderWords = 32,
 };
 
@@ -65,6 +65,7 @@ enum Wait : std::size_t {
 
 constexpr std::uint64_t kMagicNumber = 0x31304444'54534146;  // "FASTDD01"
 constexpr std::size_t kModels = 16;
+constexpr std::size_t kNativeModels = 8;  // of these, the first ones are written by C++
 constexpr std::size_t kWaits = 32;
 constexpr std::size_t kNativeWaits = 16;  // of these, the first ones are written by C++
 constexpr std::size_t kTextBytes = 384;   // UTF-8, ended by a zero
@@ -92,6 +93,56 @@ constexpr std::uint64_t id_of(const char* text, std::size_t size) {
   return hash == 0 ? 1 : hash;
 }
 inline std::uint64_t id_of(const std::string& text) { return id_of(text.data(), text.size()); }
+
+// Has this process write to the board at `words` from now on; nullptr for none. Only the threads of
+// this process write to it, and the memory stays for the life of the process: another thread may be
+// in the middle of a write. A forked child has to call this with its own board, or nullptr.
+void use(void* words);
+
+// Notes that this thread begins a collective. A process with one such thread can be told to be
+// stuck for certain: none of its other threads would have joined what the others wait for.
+void note_issuer();
+
+// Notes that a signal handler of the script has ended a wait.
+void note_interrupt();
+
+// A model's place on the board, from when its reducer is made until it is freed.
+class ModelPlace {
+ public:
+  // `group` as for kGroup.
+  ModelPlace(std::uint32_t owner, std::uint64_t group);
+  ~ModelPlace();
+  ModelPlace(const ModelPlace&) = delete;
+  ModelPlace& operator=(const ModelPlace&) = delete;
+
+  void set_phase(std::uint64_t phase, std::uint64_t steps);
+  void set_launched(std::uint64_t launched) { put(kLaunched, launched); }
+  void set_last_param(std::size_t index) { put(kLastParam, index + 1); }
+
+ private:
+  void put(Model word, std::uint64_t value);
+
+  const std::uint64_t owner_;
+  const std::uint64_t group_;
+  const std::size_t place_;  // kNativeModels if all places are taken: then nothing is written
+};
+
+// A wait's place on the board.
+class WaitPlace {
+ public:
+  WaitPlace();
+  ~WaitPlace();
+  WaitPlace(const WaitPlace&) = delete;
+  WaitPlace& operator=(const WaitPlace&) = delete;
+
+  // kNativeWaits if all places are taken: then nothing is written.
+  std::size_t index() const { return place_; }
+  // Writes the words from kSince on, and the text, cut to fit.
+  void write(const std::array<std::uint64_t, kWaitWords>& words, const std::string& text);
+
+ private:
+  const std::size_t place_;
+};
 
 }  // namespace board
 }  // namespace fastddp

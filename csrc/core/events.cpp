@@ -42,9 +42,9 @@ void record_at(
   event[0].store(time, std::memory_order_release);
   event[2].store(a, std::memory_order_release);
   event[3].store(b, std::memory_order_release);
-  event[1].store(static_cast<std::uint64_t>(kind) | (number & kNumberMask) << 8 |
-                     std::uint64_t{owner} << 32,
-                 std::memory_order_release);
+  event[1].store(
+      static_cast<std::uint64_t>(kind) | (number & kNumberMask) << 8 | std::uint64_t{owner} << 32,
+      std::memory_order_release);
 }
 
 void record(Kind kind, std::uint32_t owner, std::uint64_t a, std::uint64_t b) {

@@ -39,11 +39,8 @@ void use(void* ring);
 std::uint64_t now();
 
 // Records an event that happens now, or did at `time`. Does nothing without a ring.
-void record_at(std::uint64_t time,
-               Kind kind,
-               std::uint32_t owner,
-               std::uint64_t a,
-               std::uint64_t b);
+void record_at(
+    std::uint64_t time, Kind kind, std::uint32_t owner, std::uint64_t a, std::uint64_t b);
 void record(Kind kind, std::uint32_t owner = 0, std::uint64_t a = 0, std::uint64_t b = 0);
 
 }  // namespace fastddp::events

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <exception>
+#include <optional>
 #include <system_error>
 #include <utility>
+
+#include "core/slow_wait.h"
 
 namespace fastddp {
 namespace {
@@ -14,11 +17,7 @@ thread_local bool is_worker = false;
 
 void Turns::run(const Body& body) {
   sweep();  // before the turn is taken: it may run a destructor that takes one
-  {
-    std::unique_lock lock(mutex_);
-    const std::uint64_t turn = next_++;
-    changed_.wait(lock, [&] { return now_ == turn; });
-  }
+  await_turn();
   try {
     body();
   } catch (...) {
@@ -26,6 +25,38 @@ void Turns::run(const Body& body) {
     throw;
   }
   end_turn();
+}
+
+void Turns::await_turn() {
+  using std::chrono::steady_clock;
+  const auto begin = steady_clock::now();
+  std::optional<SlowWait> slow;
+  std::unique_lock lock(mutex_);
+  const std::uint64_t turn = next_++;
+  while (!changed_.wait_for(lock, kLookAround, [&] { return now_ == turn; })) {
+    lock.unlock();  // what follows may run Python
+    try {
+      if (!slow)
+        slow.emplace(SlowWait::What{board::Source::kOwnThread},
+                     "a collective that was launched before, and another thread carries out",
+                     steady_clock::now() - begin);
+      slow->look();
+    } catch (...) {
+      lock.lock();
+      give_up(turn);
+      throw;
+    }
+    lock.lock();
+  }
+}
+
+// Has nothing run when that turn comes: those behind it wait for it to end.
+void Turns::give_up(std::uint64_t turn) {
+  ensure_a_free_thread();
+  const auto behind = std::find_if(queue_.begin(), queue_.end(),
+                                   [&](const Job& job) { return job.turn > turn; });
+  queue_.insert(behind, {turn, [] {}, std::make_shared<Outcome>()});
+  changed_.notify_all();
 }
 
 void Turns::end_turn() {

@@ -27,7 +27,8 @@ class Turns : public std::enable_shared_from_this<Turns> {
  public:
   using Body = std::function<void()>;
 
-  // Runs `body` now, after all that was launched before. Throws what it throws.
+  // Runs `body` now, after all that was launched before. Throws what it throws. Throws what a signal
+  // handler of the script raises before its turn comes; then it does not run.
   void run(const Body& body);
 
   // Has `body` run in the other thread. What it holds, and the outcome, are kept until it has ended
@@ -60,6 +61,8 @@ class Turns : public std::enable_shared_from_this<Turns> {
   };
 
   void work();
+  void await_turn();
+  void give_up(std::uint64_t turn);
   void end_turn();
   void ensure_a_free_thread();
 

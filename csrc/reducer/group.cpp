@@ -7,7 +7,9 @@
 #include <mutex>
 #include <utility>
 
+#include "core/board.h"
 #include "shm/label.h"
+#include "tensor/patience.h"
 
 namespace fastddp {
 namespace {
@@ -29,10 +31,25 @@ class WithoutPythonObjects {
   at::impl::ThreadLocalPythonObjects saved_ = at::impl::ThreadLocalPythonObjects::get_state();
 };
 
+std::uint64_t id_of(const c10d::ProcessGroup& group) {
+  try {
+    return board::id_of(group.getGroupName());
+  } catch (const c10::Error&) {  // a group of the user's making, which has no name
+    return 0;
+  }
+}
+
 }  // namespace
 
-Group::Group(const c10::intrusive_ptr<c10d::ProcessGroup>& group, std::uint32_t owner)
-    : group_(group), owner_(owner), rank_(group->getRank()), size_(group->getSize()) {}
+Group::Group(const c10::intrusive_ptr<c10d::ProcessGroup>& group,
+             std::uint32_t owner,
+             bool is_patient)
+    : group_(group),
+      owner_(owner),
+      rank_(group->getRank()),
+      size_(group->getSize()),
+      id_(id_of(*group)),
+      is_patient_(is_patient) {}
 
 c10::intrusive_ptr<c10d::ProcessGroup> Group::get() const {
   auto group = group_.lock();
@@ -46,13 +63,28 @@ Wait Group::start_all_reduce(at::Tensor tensor, std::size_t number, bool waits) 
   std::vector<at::Tensor> tensors{std::move(tensor)};
   c10d::AllreduceOptions options;
   options.asyncOp = !waits;
-  const shm::Label label(shm::Label::of(owner_, static_cast<std::uint32_t>(number + 1)));
+  const std::uint64_t named = shm::Label::of(owner_, static_cast<std::uint32_t>(number + 1));
+  const shm::Label label(named);
   const WithoutPythonObjects guard;
+  board::note_issuer();
   try {
-    return [work = get()->allreduce(tensors, options)] { work->wait(); };
+    auto work = get()->allreduce(tensors, options);
+    if (!is_patient_) return [work = std::move(work)] { work->wait(); };
+    const SlowWait::What what{board::Source::kBackward, id_, 0, named};
+    return [work = std::move(work), what] {
+      wait_patiently(*work, what, "the all-reduce of gradients");
+    };
   } catch (const c10::DistBackendError&) {  // it has been waited for already
     return [error = std::current_exception()] { std::rethrow_exception(error); };
   }
+}
+
+void Group::wait_for(c10d::Work& work, const char* text) const {
+  if (!is_patient_) {
+    work.wait();
+    return;
+  }
+  wait_patiently(work, {board::Source::kBackward, id_, 0, shm::Label::of(owner_)}, text);
 }
 
 c10::intrusive_ptr<c10d::Work> Group::all_reduce(std::vector<at::Tensor>& tensors) const {

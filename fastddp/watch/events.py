@@ -78,8 +78,8 @@ def record(kind: Kind, owner: int = 0, a: int = 0, b: int = 0) -> None:
         kind: what has happened.
         owner: the number of the model that it concerns, see :class:`fastddp.comm.labels.Owner`;
             0 for none.
-        a: 64 bits, see :class:`Kind`.
-        b: 64 bits, see :class:`Kind`.
+        a: the first number that :class:`Kind` describes, 64 bits.
+        b: the second one, 64 bits.
     """
     (_write or start())(kind, owner, a, b)
 
@@ -126,8 +126,8 @@ def trace(directory: str | os.PathLike[str]) -> None:
     """Has the events of this process in a file from now on, which outlives it however it ends.
 
     The file is ``rank-<rank>.<pid>.ring`` in the folder, of 1 MiB: it holds the latest 32,768
-    events, also those from before this call. A process that is no rank yet has it from when it
-    becomes one. Not collective; may be called from any thread, and again for another folder. The
+    events, also those from before this call. A process that is not a rank yet has it from when
+    it becomes one. Not collective; may be called from any thread, and again for another folder. The
     environment variable ``FASTDDP_TRACE`` does the same from the start on.
 
     Args:

@@ -14,6 +14,8 @@ MAGIC = 0x3130_4444_5453_4146
 
 HEADER_WORDS = 32
 MODEL_WORDS, MODELS = 8, 16
+NATIVE_MODELS = 8
+"""The first models are written by C++, the others by Python."""
 WAIT_WORDS, WAITS = 16, 32
 NATIVE_WAITS = 16
 """The first waits are written by C++, the others by Python."""
@@ -46,8 +48,8 @@ class Header(IntEnum):
     """See :class:`Ending`."""
     ISSUER = 9
     """The kernel's number of the thread that began the latest collective."""
-    ISSUERS = 10
-    """How often another thread began a collective than the one before: 0 for one thread only."""
+    HAND_OVERS = 10
+    """How often another thread began a collective than did before: 0 for one thread only."""
 
 
 class Ending(IntEnum):

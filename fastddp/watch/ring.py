@@ -124,8 +124,8 @@ class Ring:
         Args:
             kind: a :class:`fastddp.watch.events.Kind`.
             owner: the number of the model that the event concerns, 32 bits; 0 for none.
-            a: 64 bits.
-            b: 64 bits.
+            a: the first of the two numbers of the event, 64 bits.
+            b: the second one, 64 bits.
         """
         words = self._words
         number = next(self._numbers)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fastddp.engine.weak_group import WeakGroup
+from fastddp.watch import events
+from fastddp.watch.events import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +25,7 @@ class Context:
     """The model's number, which labels the collectives."""
     title: str
     """What messages call the model."""
+
+    def record(self, kind: Kind, a: int = 0, b: int = 0) -> None:
+        """Records an event of this model, see :func:`fastddp.watch.events.record`."""
+        events.record(kind, self.number, a, b)

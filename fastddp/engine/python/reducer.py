@@ -36,8 +36,9 @@ from fastddp.engine.python.parameters import Parameter
 from fastddp.engine.python.phase import Phase, move
 from fastddp.engine.python.round import Round
 from fastddp.engine.schedule import Schedule
-from fastddp.engine.stats import RoundStats
+from fastddp.engine.stats import Stats
 from fastddp.engine.weak_group import WeakGroup
+from fastddp.watch.events import Kind
 
 
 class PythonReducer:
@@ -67,7 +68,7 @@ class PythonReducer:
         self._order_in_group = order_of(group)
         self._order_in_group.introduce(subject.number, subject.title)
         self._turn = Turn(self._order_in_group, id(self))
-        self.figures = Figures()
+        self.figures = Figures(subject.number)
         self._marks = MarkReader(context, self._order_in_group)
         self._agreements = Agreements(context)
         may_launch_late = bool(params) and runs_inline(group, device)
@@ -121,6 +122,10 @@ class PythonReducer:
         self._on_news = callback
 
     @property
+    def rounds(self) -> int:
+        return self.figures.stats.rounds
+
+    @property
     def has_left_news(self) -> bool:
         return self._marks.has_left_news
 
@@ -165,7 +170,7 @@ class PythonReducer:
     def error(self) -> str:
         return self.figures.error
 
-    def stats(self) -> RoundStats:
+    def stats(self) -> Stats:
         return self.figures.stats
 
     def plan(self) -> BucketPlan:
@@ -278,6 +283,7 @@ class PythonReducer:
     def _begin_round(self, gives: Gives) -> None:
         refuse_compiled_autograd()  # or gradients get lost without a word
         filling = move(self._phase, Phase.FILLING)  # refused before anything has changed
+        self._context.record(Kind.ROUND_BEGIN, self.rounds)
         is_captured = is_capturing(self._context.device)
         if is_captured:
             self._check_capture()
@@ -305,7 +311,13 @@ class PythonReducer:
             scale=self._launcher.scale(self._divisor),
         )
         self._round = Round(
-            manner, self._parameters, buckets, self._launcher, self._turn, self._context
+            manner,
+            self.rounds,
+            self._parameters,
+            buckets,
+            self._launcher,
+            self._turn,
+            self._context,
         )
         self._phase = filling
         self._turn.begin()
@@ -356,6 +368,7 @@ class PythonReducer:
     # ---- a round's end ---------------------------------------------------------------------------
 
     def _leave_in_flight(self, current: Round) -> None:
+        self._context.record(Kind.BACKWARD_END)
         try:
             self._launch_rest(current, waits=False)
         except BaseException:
@@ -371,6 +384,7 @@ class PythonReducer:
         try:
             with profiled("fastddp.reducer::finish_round"):
                 if self._phase is Phase.FILLING:
+                    self._context.record(Kind.BACKWARD_END)
                     self._launch_rest(current, waits=True)
                 current.wait()
             end = time.perf_counter()
@@ -392,6 +406,7 @@ class PythonReducer:
             self.figures.note_unused_here(current.unused_here())
         if manner.gives is not Gives.NOTHING:
             self._agreements.schedule.add(manner.is_early, current.times.us_so_far())
+        self._context.record(Kind.ROUND_END, current.step)
         if self._on_news is not None and (has_changed or current.is_empty()):
             self._on_news(News.CHANGED if has_changed else News.EMPTY)
         if current.fill.error is not None:
@@ -412,6 +427,7 @@ class PythonReducer:
         self._turn.end()
 
     def _abandon_round(self, current: Round) -> None:
+        self._context.record(Kind.ERROR)
         # The backward's own exception is on its way to the user, and says more than an error here.
         # Autograd's thread, with no node running, is on the default stream, which nothing orders
         # behind the round before.
@@ -427,6 +443,7 @@ class PythonReducer:
         """Ends a round that failed. Collectives may write to its buckets; the next has others."""
         self._installation.uninstall([launch.wait for launch in current.launches])
         self._turn.end()
+        self._context.record(Kind.ROUND_END, current.step)
         self._round, self._phase = None, move(self._phase, then)
 
 
