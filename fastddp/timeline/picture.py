@@ -1,4 +1,4 @@
-"""A picture of a run: what the ranks did in the latest steps, and how long steps took.
+"""A picture of a run: what the ranks did in the latest steps, and what all steps consisted of.
 
 Drawn with matplotlib, which is imported here only, and without its global state.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastddp.timeline.findings import headline, shown_ranks, title
+from fastddp.timeline.findings import headline, shown_ranks
 from fastddp.timeline.matched import Key, last_launches, match
+from fastddp.timeline.parts import Part, parts_of
 from fastddp.timeline.run import Run
 from fastddp.timeline.slices import Activity, Slice, slices_of
 from fastddp.timeline.spans import Span
@@ -39,6 +40,17 @@ COLOURS = {
     Activity.STALL: "#000000",
 }
 WHAT_TO_INSTALL = 'matplotlib, which draws it, is not installed: pip install "fastddp[report]"'
+
+PARTS = {
+    Part.FORWARD: COLOURS[Activity.FORWARD],
+    Part.BACKWARD: COLOURS[Activity.BACKWARD],
+    Part.LATE: COLOURS[Activity.LATE],
+    Part.TRANSFER: COLOURS[Activity.TRANSFER],
+    Part.OPTIMIZER: COLOURS[Activity.OPTIMIZER],
+    Part.EARLIER: COLOURS[Activity.EARLIER],
+    Part.OTHER: "#DDDDDD",
+}
+"""From the bottom up."""
 
 # A lane has the rank's own thread above, and below what goes on beside it.
 HEIGHTS = {
@@ -72,16 +84,16 @@ def draw(run: Run, models: Sequence[ModelSummary]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    matched = match(run.recordings)
     model = max(models, key=lambda model: model.all_ranks.num_steps)
+    matched = {k: steps for k, steps in match(run.recordings).items() if k[0] == model.owner}
     ranks = shown_ranks(model)
     height = 3.6 + 0.62 * len(ranks)
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
-    lanes, times = figure.subplots(2, 1, height_ratios=[0.62 * len(ranks) + 0.5, 1.9])
+    lanes, parts = figure.subplots(2, 1, height_ratios=[0.62 * len(ranks) + 0.5, 1.9])
     figure.suptitle(f"fastddp: {headline(run, models)}", fontsize=11)
-    _draw_lanes(lanes, run, matched, model, ranks)
-    _draw_times(times, matched, models, ranks)
+    _draw_lanes(lanes, run, matched, ranks)
+    _draw_parts(parts, matched)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
@@ -91,11 +103,10 @@ def _draw_lanes(
     axes: Axes,
     run: Run,
     matched: Mapping[Key, Mapping[int, Step]],
-    model: ModelSummary,
     ranks: Sequence[int],
 ) -> None:
-    latest = [(key, steps) for key, steps in matched.items() if key[0] == model.owner]
-    window = _window([steps for _, steps in latest[-STEPS_SHOWN:]])
+    latest = list(matched.values())[-STEPS_SHOWN:]
+    window = _window(latest)
     launches = {key: last_launches(steps) for key, steps in matched.items()}
     drawn = set()
     for lane, rank in enumerate(ranks):
@@ -114,7 +125,7 @@ def _draw_lanes(
                 facecolors=COLOURS[activity],
                 linewidth=0,
             )
-    for steps in (steps for _, steps in latest[-STEPS_SHOWN:]):
+    for steps in latest:
         begin = min(step.forward for step in steps.values())
         number = next(iter(steps.values())).number
         axes.annotate(
@@ -148,41 +159,27 @@ def _draw_lanes(
 
 def _window(steps: Iterable[Mapping[int, Step]]) -> Span:
     every = [step for by_rank in steps for step in by_rank.values()]
-    return Span(min(step.forward for step in every), max(step.end for step in every))
+    begin, end = min(step.forward for step in every), max(step.end for step in every)
+    margin = (end - begin) // 100
+    return Span(begin - margin, end + margin)
 
 
-def _draw_times(
-    axes: Axes,
-    matched: Mapping[Key, Mapping[int, Step]],
-    models: Sequence[ModelSummary],
-    ranks: Sequence[int],
-) -> None:
-    """Draws how long each step took, on each rank."""
-    from matplotlib import colormaps
-
-    colours: Any = colormaps["tab20" if len(ranks) > 10 else "tab10"]
-    for model in models:
-        for nth, rank in enumerate(ranks):
-            steps = [
-                steps[rank]
-                for (owner, _), steps in matched.items()
-                if owner == model.owner and rank in steps and steps[rank].begin is not None
-            ]
-            name = ", ".join(text for text in (f"rank {rank}", title(model, models)) if text)
-            waits = [step.exposed.length / 1e6 for step in steps]
-            numbers = [step.number for step in steps]
-            whole = [(step.end - (step.begin or 0)) / 1e6 for step in steps]
-            marker = "." if len(steps) < 3 else ""
-            colour = colours(nth)
-            axes.plot(numbers, whole, color=colour, linewidth=1, marker=marker, label=name)
-            axes.plot(numbers, waits, color=colour, linewidth=0.8, marker=marker, alpha=0.5,
-                      linestyle=":")  # fmt: skip
+def _draw_parts(axes: Axes, matched: Mapping[Key, Mapping[int, Step]]) -> None:
+    """Draws how long the parts of each step took, on the average of the ranks."""
+    numbers, heights = [], []
+    for (_, number), steps in matched.items():
+        whole = [step for step in steps.values() if step.begin is not None]
+        last = last_launches(steps)
+        parts = [parts_of(step, last) for step in whole]
+        if parts:
+            numbers.append(number)
+            heights.append([sum(of[p] for of in parts) / len(parts) / 1e6 for p in PARTS])
+    if len(numbers) > 1:
+        axes.stackplot(numbers, *zip(*heights, strict=True), colors=PARTS.values(), linewidth=0)
+        axes.set_xlim(min(numbers), max(numbers))
     axes.set(xlabel="step", ylabel="milliseconds")
-    axes.set_title("the whole step, and dotted: communication that it waits for", fontsize=9)
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.01)
+    axes.set_title("parts of a step, average of the ranks; grey: outside of all others", fontsize=9)
     _tidy(axes)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
 
 
 def _tidy(axes: Axes) -> None:

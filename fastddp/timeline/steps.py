@@ -153,6 +153,7 @@ class _Reading:
             self._take_stall(event)
         elif kind is Kind.ERROR:
             self.result.errors.append(event.at)
+            self._meetings.pop(event.a, None)
             if event.owner in self._models:
                 self._models[event.owner].has_failed = True
         elif kind is Kind.INTERRUPTED:
