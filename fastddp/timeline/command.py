@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastddp.timeline.chrome import write_trace
-from fastddp.timeline.live import Report
 from fastddp.timeline.page import page
 from fastddp.timeline.picture import draw, why_no_picture
+from fastddp.timeline.report import Report
 from fastddp.timeline.run import read_run
 
 

@@ -201,16 +201,18 @@ def _errors(run: Run) -> Iterator[str]:
 
 
 def _ends(run: Run) -> Iterator[str]:
-    """Says where a rank was that has stopped recording before the others."""
+    """Says where a rank was that has stopped recording before the others, or without their error.
+
+    A rank that was killed is among these: the others got an error, and it could not.
+    """
+    is_broken = any(recording.errors for recording in run.recordings.values())
     for rank, recording in run.recordings.items():
         early = (_end(run) - recording.last) / 1e9
         if not recording.last:
             yield f"Rank {rank} has recorded nothing."
-        elif early >= EARLY_END_S:
-            yield (
-                f"The recording of rank {rank} ends {early:.1f} s before the others',"
-                f" {recording.doing}."
-            )
+        elif early >= EARLY_END_S or (is_broken and not recording.errors):
+            when = f"{early:.1f} s before the last one" if early else "last"
+            yield f"The recording of rank {rank} ends {when}, {recording.doing}."
 
 
 def _end(run: Run) -> int:

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fastddp.timeline.run import Run, make_run
-from fastddp.timeline.summary import ModelSummary, summarize
-from fastddp.timeline.text import report_text
-from fastddp.watch import events, ring_reader
+from fastddp.watch import events
 
-
-@dataclass(frozen=True)
-class Report:
-    """Where the time of the latest training steps went, made to be printed."""
-
-    run: Run
-    """The recordings that it is made of: one, or those of all ranks."""
-    models: list[ModelSummary]
-    """A summary for each model that was trained, in the order of their first steps."""
-
-    @classmethod
-    def of(cls, run: Run) -> Report:
-        """Makes the report of a run."""
-        return cls(run, summarize(run.recordings, run.world_size))
-
-    def __str__(self) -> str:
-        return report_text(self.run, self.models)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the figures as dictionaries, lists and numbers; times are in milliseconds."""
-        return {
-            "ranks": sorted(self.run.rings),
-            "world_size": self.run.world_size,
-            "models": [model.as_dict() for model in self.models],
-        }
+if TYPE_CHECKING:
+    from fastddp.timeline.report import Report
 
 
 def report() -> Report:
@@ -51,7 +24,13 @@ def report() -> Report:
     is left out. It takes tens of milliseconds.
 
     Returns:
-        The report: ``print`` shows it as a table, and :meth:`Report.as_dict` gives the figures.
+        The report: ``print`` shows it as a table, and
+        :meth:`fastddp.timeline.report.Report.as_dict` gives the figures.
     """
+    # Imported only now: few processes ask, and all of them import fastddp.
+    from fastddp.timeline.report import Report
+    from fastddp.timeline.run import make_run
+    from fastddp.watch import ring_reader
+
     ring = ring_reader.parse(events.snapshot())
     return Report.of(make_run({ring.rank or 0: ring}))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from fastddp.timeline.findings import headline, shown_ranks
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 WIDTH_INCHES, DOTS_PER_INCH = 12.0, 100
 STEPS_SHOWN = 4
 """How many steps the lanes show: with more, a step would be too narrow to be read."""
+MOST_OF_MEDIAN = 3
+"""A step that takes longer, in medians, is cut off at the top: others could not be seen beside it."""
 
 # From M. Okabe and K. Ito's palette, "Color Universal Design" (2008), which people with any kind of
 # colour vision can tell apart.
@@ -168,15 +171,16 @@ def _draw_parts(axes: Axes, matched: Mapping[Key, Mapping[int, Step]]) -> None:
     """Draws how long the parts of each step took, on the average of the ranks."""
     numbers, heights = [], []
     for (_, number), steps in matched.items():
-        whole = [step for step in steps.values() if step.begin is not None]
         last = last_launches(steps)
-        parts = [parts_of(step, last) for step in whole]
+        parts = [parts_of(step, last) for step in steps.values() if step.begin is not None]
         if parts:
             numbers.append(number)
             heights.append([sum(of[p] for of in parts) / len(parts) / 1e6 for p in PARTS])
     if len(numbers) > 1:
         axes.stackplot(numbers, *zip(*heights, strict=True), colors=PARTS.values(), linewidth=0)
         axes.set_xlim(min(numbers), max(numbers))
+        whole = [sum(of_step) for of_step in heights]
+        axes.set_ylim(0, 1.05 * min(max(whole), MOST_OF_MEDIAN * median(whole)))
     axes.set(xlabel="step", ylabel="milliseconds")
     axes.set_title("parts of a step, average of the ranks; grey: outside of all others", fontsize=9)
     _tidy(axes)

@@ -19,10 +19,10 @@ from fastddp.timeline.chrome import trace_events
 from fastddp.timeline.clock import Both, Shift, shift_between
 from fastddp.timeline.command import write_report
 from fastddp.timeline.figures import figure
-from fastddp.timeline.live import Report
 from fastddp.timeline.matched import Last, find_last, last_launches
 from fastddp.timeline.page import page
 from fastddp.timeline.parts import Part, parts_of
+from fastddp.timeline.report import Report
 from fastddp.timeline.run import make_run, read_run
 from fastddp.timeline.spans import Span, covered, gaps, merged
 from fastddp.timeline.steps import Recording, Step, read_steps
@@ -275,7 +275,7 @@ def test_trouble_is_told() -> None:
     assert "Rank 1 was waited for once as a stall, at most 7.0 s." in text
     assert "Rank 0: a wait ended with an error, first 0.1 s before the end" in text
     assert "Rank 0: a wait ended with a signal, first 0.0 s before the end" in text
-    assert "rank 1 ends 7.3 s before the others', in the backward of step 20." in text
+    assert "rank 1 ends 7.3 s before the last one, in the backward of step 20." in text
     assert "There is no recording of 1 rank: 2." in text
 
 
