@@ -17,21 +17,19 @@ class Figure:
     median: float
     p95: float
     trend: float | None
-    """The median of the second half of the steps over that of the first, minus 1; None if there are
-    fewer than 8 steps, or if the first half took no time."""
+    """The median of the second half of the steps minus that of the first; None if there are fewer
+    than 8 steps."""
 
 
-def figure(durations: Sequence[Sequence[int]]) -> Figure:
+def figure(durations: Sequence[float]) -> Figure:
     """Returns the figures of a duration.
 
     Args:
-        durations: nanoseconds, by rank and then by step; not all empty.
+        durations: nanoseconds by step, at least one.
     """
-    pooled = sorted(ns for rank in durations for ns in rank)
-    first = [ns for rank in durations for ns in rank[: len(rank) // 2]]
-    second = [ns for rank in durations for ns in rank[len(rank) // 2 :]]
+    half = len(durations) // 2
     trend = None
-    if len(pooled) >= LEAST_FOR_A_TREND * len(durations) and median(first) > 0:
-        trend = median(second) / median(first) - 1
-    p95 = pooled[min(len(pooled) - 1, round(0.95 * (len(pooled) - 1)))]
-    return Figure(median(pooled) / 1e6, p95 / 1e6, trend)
+    if len(durations) >= LEAST_FOR_A_TREND:
+        trend = (median(durations[half:]) - median(durations[:half])) / 1e6
+    p95 = sorted(durations)[round(0.95 * (len(durations) - 1))]
+    return Figure(median(durations) / 1e6, p95 / 1e6, trend)

@@ -68,16 +68,17 @@ def title(model: ModelSummary, models: Sequence[ModelSummary]) -> str:
 
 
 def tables(model: ModelSummary) -> list[Table]:
-    """Returns the figures of all ranks together, then those of each rank.
+    """Returns the figures of the average of the ranks, then those of each rank.
 
     Args:
         model: the summary of a model.
     """
-    rows = [_row("step", model.all_ranks.step)]
-    rows += [_row(_name(part, model), f) for part, f in model.all_ranks.parts.items()]
-    result = [Table(["milliseconds", "median", "p95", "trend"], rows)]
+    head = "milliseconds" if len(model.ranks) == 1 else "milliseconds, average of the ranks"
+    rows = [_row("step", model.average.step)]
+    rows += [_row(_name(part, model), f) for part, f in model.average.parts.items()]
+    result = [Table([head, "median", "p95", "trend"], rows)]
     if len(model.ranks) > 1:
-        parts = list(model.all_ranks.parts)
+        parts = list(model.average.parts)
         result.append(
             Table(
                 ["median, ms", "step", *(_name(part, model) for part in parts)],
@@ -106,7 +107,9 @@ def _name(part: Part, model: ModelSummary) -> str:
 
 
 def _row(name: str, figure: Figure) -> list[str]:
-    trend = "" if figure.trend is None else f"{100 * figure.trend:+.0f} %"
+    trend = ""
+    if figure.trend is not None:
+        trend = ("-" if figure.trend < 0 else "+") + _ms(abs(figure.trend))
     return [name, _ms(figure.median), _ms(figure.p95), trend]
 
 
@@ -117,6 +120,8 @@ def _row_of_rank(rank: int, durations: Durations, parts: Sequence[Part]) -> list
 
 def _ms(milliseconds: float) -> str:
     """Returns a duration with three digits, or as many as it has before the point."""
+    if milliseconds < 0.005:
+        return "0"
     if milliseconds >= 99.95:
         return f"{milliseconds:.0f}"
     return f"{milliseconds:.1f}" if milliseconds >= 9.995 else f"{milliseconds:.2f}"
@@ -136,7 +141,7 @@ def who_was_last(model: ModelSummary, world_size: int | None) -> list[str]:
             "Which rank was last is not known from one rank: python -m fastddp report DIRECTORY"
             " compares the recordings of all."
         ]
-    time = model.all_ranks.step.median * sum(last.num_last for last in model.lasts)
+    time = model.average.step.median * sum(last.num_last for last in model.lasts)
     worth = [last for last in model.lasts if last.total > WORTH_NAMING * time][:MOST_LAST]
     if not worth:
         worst = model.lasts[0]

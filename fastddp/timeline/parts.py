@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-from fastddp.timeline.spans import Span, covered, merged
+from fastddp.timeline.spans import Span, covered, gaps, merged
 from fastddp.timeline.steps import Step
 
 
@@ -30,8 +30,9 @@ class Part(Enum):
 def parts_of(step: Step, last_launches: Mapping[int, int] | None = None) -> dict[Part, int]:
     """Returns the nanoseconds of each part of a step; they add up to the step.
 
-    Waiting for late ranks is what would be left of exposed communication if a transfer took no
-    time: the time in which a collective of the round had been begun here and not on all ranks.
+    Exposed is the communication that this rank waits for while it does nothing else: from the end
+    of its backward to the end of the round, and in its forward while the model's buffers are made
+    equal. Waiting for late ranks is what would be left of that if a transfer took no time.
 
     Args:
         step: the step of one rank. If it is not known when the step began, it begins with its
@@ -39,41 +40,50 @@ def parts_of(step: Step, last_launches: Mapping[int, int] | None = None) -> dict
         last_launches: when the last rank launched a collective of this round, by number, on the
             clock of the step; for transports that do not tell when the ranks met.
     """
-    exposed = step.exposed
-    late = covered(late_spans(step, last_launches))
     first = min([step.forward, *(span.begin for span in step.forwards)])
-    optimizer = covered(step.optimizer)
     begin = first if step.begin is None else min(step.begin, first)
+    exposed = exposed_spans(step)
+    late = covered(late_spans(step, last_launches))
+    forward = Span(step.forward, step.backward)
     known = {
         Part.EARLIER: step.forward - first,
-        Part.FORWARD: step.backward - step.forward,
+        Part.FORWARD: covered(gaps(exposed, forward)),
         Part.BACKWARD: step.backward_end - step.backward,
         Part.LATE: late,
-        Part.TRANSFER: exposed.length - late,
-        Part.OPTIMIZER: optimizer,
+        Part.TRANSFER: covered(exposed) - late,
+        Part.OPTIMIZER: covered(step.optimizer),
     }
     return {Part.OTHER: step.end - begin - sum(known.values()), **known}
 
 
+def exposed_spans(step: Step) -> list[Span]:
+    """Returns the times, without overlap, in which a rank only waited for communication.
+
+    Args:
+        step: the step of the rank that waited.
+    """
+    forward = Span(step.forward, step.backward)
+    in_forward = [
+        Span(meeting.begin, meeting.end).within(forward)
+        for meeting in step.meetings
+        if meeting.owner == step.owner and meeting.end is not None
+    ]
+    return merged([*in_forward, Span(step.backward_end, step.end_of_round)])
+
+
 def late_spans(step: Step, last_launches: Mapping[int, int] | None = None) -> list[Span]:
-    """Returns the times, without overlap, in which a rank waited for late ranks and did nothing.
+    """Returns the times, without overlap, in which a rank only waited for late ranks.
+
+    Those are the ones in which it had begun a collective that another rank had not.
 
     Args:
         step: the step of the rank that waited.
         last_launches: when the last rank launched each collective, as for :func:`parts_of`.
     """
-    return merged(span.within(step.exposed) for span in _absences(step, last_launches or {}))
-
-
-def _absences(step: Step, last_launches: Mapping[int, int]) -> list[Span]:
-    """Returns when a rank was missing in a collective of the round that had begun here."""
-    met = [Span(m.begin, m.met) for m in step.meetings if m.met is not None]
-    launched = [
-        Span(launch.at, last_launches[launch.number])
-        for launch in step.launches
-        if launch.number in last_launches
-    ]
-    return met + launched
+    last = last_launches or {}
+    absences = [Span(m.begin, m.met) for m in step.meetings if m.met is not None]
+    absences += [Span(x.at, last[x.number]) for x in step.launches if x.number in last]
+    return merged(each.within(outer) for outer in exposed_spans(step) for each in merged(absences))
 
 
 def tells_lateness(step: Step, last_launches: Mapping[int, int] | None = None) -> bool:

@@ -17,16 +17,17 @@ from fastddp.timeline.run import Run
 from fastddp.timeline.slices import Activity, Slice, slices_of
 from fastddp.timeline.spans import Span
 from fastddp.timeline.steps import Step
-from fastddp.timeline.summary import ModelSummary
+from fastddp.timeline.summary import ModelSummary, average
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH_INCHES, DOTS_PER_INCH = 12.0, 100
+LANE_INCHES = 0.75
 STEPS_SHOWN = 4
 """How many steps the lanes show: with more, a step would be too narrow to be read."""
 MOST_OF_MEDIAN = 3
-"""A step that takes longer, in medians, is cut off at the top: others could not be seen beside it."""
+"""A step that takes longer, in medians, is cut off: others could not be seen beside it."""
 
 # From M. Okabe and K. Ito's palette, "Color Universal Design" (2008), which people with any kind of
 # colour vision can tell apart.
@@ -87,13 +88,13 @@ def draw(run: Run, models: Sequence[ModelSummary]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    model = max(models, key=lambda model: model.all_ranks.num_steps)
+    model = max(models, key=lambda model: model.average.num_steps)
     matched = {k: steps for k, steps in match(run.recordings).items() if k[0] == model.owner}
     ranks = shown_ranks(model)
-    height = 3.6 + 0.62 * len(ranks)
+    height = 3.4 + LANE_INCHES * len(ranks)
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
-    lanes, parts = figure.subplots(2, 1, height_ratios=[0.62 * len(ranks) + 0.5, 1.9])
+    lanes, parts = figure.subplots(2, 1, height_ratios=[LANE_INCHES * len(ranks) + 0.4, 1.8])
     figure.suptitle(f"fastddp: {headline(run, models)}", fontsize=11)
     _draw_lanes(lanes, run, matched, ranks)
     _draw_parts(parts, matched)
@@ -175,7 +176,8 @@ def _draw_parts(axes: Axes, matched: Mapping[Key, Mapping[int, Step]]) -> None:
         parts = [parts_of(step, last) for step in steps.values() if step.begin is not None]
         if parts:
             numbers.append(number)
-            heights.append([sum(of[p] for of in parts) / len(parts) / 1e6 for p in PARTS])
+            mean = average(parts)
+            heights.append([mean[part] / 1e6 for part in PARTS])
     if len(numbers) > 1:
         axes.stackplot(numbers, *zip(*heights, strict=True), colors=PARTS.values(), linewidth=0)
         axes.set_xlim(min(numbers), max(numbers))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from fastddp.timeline.parts import late_spans
+from fastddp.timeline.parts import exposed_spans, late_spans
 from fastddp.timeline.spans import Span, gaps
 from fastddp.timeline.steps import Recording, Step
 
@@ -92,7 +92,8 @@ def _of_step(
     yield from _collectives(step)
     late = late_spans(step, last)
     yield from ((Activity.LATE, span, {}) for span in late)
-    yield from ((Activity.TRANSFER, span, {}) for span in gaps(late, step.exposed))
+    for exposed in exposed_spans(step):
+        yield from ((Activity.TRANSFER, span, {}) for span in gaps(late, exposed))
     yield from ((Activity.OPTIMIZER, span, {}) for span in step.optimizer)
 
 

@@ -75,11 +75,6 @@ class Step:
         """When the step ended: after the optimizer, if one followed the round."""
         return self.optimizer[-1].end if self.optimizer else self.end_of_round
 
-    @property
-    def exposed(self) -> Span:
-        """While the rank had nothing to do but to wait for the round's communication."""
-        return Span(self.backward_end, self.end_of_round)
-
 
 @dataclass(slots=True)
 class Stall:
@@ -152,14 +147,21 @@ class _Reading:
         elif kind in (Kind.STALL_BEGIN, Kind.STALL_END):
             self._take_stall(event)
         elif kind is Kind.ERROR:
-            self.result.errors.append(event.at)
-            self._meetings.pop(event.a, None)
-            if event.owner in self._models:
-                self._models[event.owner].has_failed = True
+            self._take_error(event)
         elif kind is Kind.INTERRUPTED:
             self.result.interrupted.append(event.at)
         else:
             self._take_model(event, self._models.setdefault(event.owner, _Model()))
+
+    def _take_error(self, event: Event) -> None:
+        self.result.errors.append(event.at)
+        self._meetings.pop(event.a, None)
+        steps = self.result.steps
+        if event.owner in self._models:
+            self._models[event.owner].has_failed = True
+        if self._is_between and steps[-1].owner == event.owner and not steps[-1].optimizer:
+            steps.pop()  # its round has ended with this error
+            self._is_between = False
 
     def _take_model(self, event: Event, model: _Model) -> None:
         current = model.round

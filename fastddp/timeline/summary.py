@@ -15,14 +15,13 @@ from fastddp.timeline.steps import Recording, Step
 
 @dataclass(frozen=True, slots=True)
 class Durations:
-    """How long the parts of a step took, over the steps of a rank or of all ranks."""
+    """How long the parts of a step took, on one rank or on the average of the ranks."""
 
     step: Figure
     """The whole step, from the end of the one before."""
     parts: dict[Part, Figure]
     """Those that took any time."""
     num_steps: int
-    """How many steps of how many ranks this is from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,8 @@ class ModelSummary:
     """The numbers of the first and the last step that are known."""
     ranks: dict[int, Durations]
     """By rank."""
-    all_ranks: Durations
+    average: Durations
+    """Of the average over the ranks, step by step."""
     lasts: list[LastRank]
     """The ranks that were last, those first that cost the others most."""
     tells_lateness: bool
@@ -67,7 +67,7 @@ class ModelSummary:
             "first_step": self.first,
             "last_step": self.last,
             "tells_lateness": self.tells_lateness,
-            "all_ranks": _as_dict(self.all_ranks),
+            "average_of_ranks": _as_dict(self.average),
             "ranks": {rank: _as_dict(durations) for rank, durations in self.ranks.items()},
             "last_to_come": [asdict(last) for last in self.lasts],
         }
@@ -99,37 +99,48 @@ def _summarize(
     matched: Mapping[Key, Mapping[int, Step]],
     world_size: int | None,
 ) -> ModelSummary:
-    launches = {key: last_launches(steps) for key, steps in matched.items() if key[0] == owner}
-    parts: dict[int, list[dict[Part, int]]] = {}
+    of_model = {number: steps for (of, number), steps in matched.items() if of == owner}
+    parts: dict[int, list[dict[Part, int]]] = {rank: [] for rank in sorted(recordings)}
+    averages: list[dict[Part, float]] = []
     tells = False
-    for rank, recording in recordings.items():
-        steps = [step for step in recording.steps if step.owner == owner]
-        whole = [step for step in steps if step.begin is not None] or steps
-        if whole:
-            parts[rank] = [parts_of(s, launches.get((owner, s.number))) for s in whole]
-            tells = tells or any(tells_lateness(s, launches.get((owner, s.number))) for s in whole)
-    lasts = [find_last(steps, world_size) for key, steps in matched.items() if key[0] == owner]
-    numbers = [number for of, number in matched if of == owner]
+    is_any_whole = any(step.begin for steps in of_model.values() for step in steps.values())
+    for steps in of_model.values():
+        last = last_launches(steps)
+        tells = tells or any(tells_lateness(step, last) for step in steps.values())
+        whole = {rank: s for rank, s in steps.items() if s.begin is not None or not is_any_whole}
+        by_rank = {rank: parts_of(step, last) for rank, step in whole.items()}
+        for rank, of_rank in by_rank.items():
+            parts[rank].append(of_rank)
+        if by_rank:
+            averages.append(average(list(by_rank.values())))
+    lasts = [find_last(steps, world_size) for steps in of_model.values()]
     return ModelSummary(
         owner=owner,
-        first=min(numbers),
-        last=max(numbers),
-        ranks={rank: _durations([steps]) for rank, steps in sorted(parts.items())},
-        all_ranks=_durations(list(parts.values())),
+        first=min(of_model),
+        last=max(of_model),
+        ranks={rank: _durations(steps) for rank, steps in parts.items() if steps},
+        average=_durations(averages),
         lasts=_last_ranks([last for last in lasts if last is not None and last.by > 0]),
         tells_lateness=tells,
     )
 
 
-def _durations(ranks: Sequence[Sequence[Mapping[Part, int]]]) -> Durations:
-    """Returns the figures of steps, which come by rank."""
-    figures = {}
-    for part in Part:
-        of_part = [[step[part] for step in steps] for steps in ranks]
-        if any(any(steps) for steps in of_part):
-            figures[part] = figure(of_part)
-    whole = figure([[sum(step.values()) for step in steps] for steps in ranks])
-    return Durations(whole, figures, sum(map(len, ranks)))
+def average(ranks: Sequence[Mapping[Part, int]]) -> dict[Part, float]:
+    """Returns how long the parts of a step took on the average of the ranks, in nanoseconds.
+
+    Args:
+        ranks: the parts of the step on each rank, at least one.
+    """
+    return {part: sum(parts[part] for parts in ranks) / len(ranks) for part in Part}
+
+
+def _durations(steps: Sequence[Mapping[Part, float]]) -> Durations:
+    figures = {
+        part: figure([step[part] for step in steps])
+        for part in Part
+        if any(step[part] for step in steps)
+    }
+    return Durations(figure([sum(step.values()) for step in steps]), figures, len(steps))
 
 
 def _last_ranks(lasts: Sequence[Last]) -> list[LastRank]:

@@ -38,7 +38,7 @@ def _fill(sentences: Sequence[str]) -> str:
 
 def _lay_out(table: Table) -> str:
     """Returns a table with its first column to the left and all others to the right."""
-    heads = [_lines(column) for column in table.columns]
+    heads = [[table.columns[0]], *(_lines(column) for column in table.columns[1:])]
     height = max(map(len, heads))
     above = [[""] * (height - len(head)) + head for head in heads]
     rows = [[column[line] for column in above] for line in range(height)] + table.rows

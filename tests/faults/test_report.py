@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 import fastddp
+from fastddp.timeline.clock import Shift
 from fastddp.timeline.report import Report
 from fastddp.timeline.run import read_run
+from fastddp.watch.ring import Header
 from tests.ranks import Died, run_ranks
 
 LATE_S = 0.04
@@ -40,6 +42,30 @@ def _train(rank: int, world_size: int, engine: str, late: int, victim: int) -> s
             break
         optimizer.step()
     return str(fastddp.report())
+
+
+def _train_on_two_hosts(rank: int, world_size: int, late: int) -> None:
+    os.environ["FASTDDP_HOST_ID"] = f"host {rank}"
+    _train(rank, world_size, "python", late, -1)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_hosts_are_put_on_one_clock(late: int, tmp_path: Path) -> None:
+    # Both hosts are this machine, so the shift between their clocks is zero. Their dates say
+    # something else, once one ring is changed.
+    env = {"FASTDDP_TRACE": str(tmp_path)}
+    run_ranks(_train_on_two_hosts, 2, late, env=env, timeout=60)
+    (path,) = tmp_path.glob("rank-1.*.ring")
+    memory = bytearray(path.read_bytes())
+    memory[8 * Header.MADE_EPOCH_NS : 8 * Header.MADE_EPOCH_NS + 8] = bytes(8)
+    path.write_bytes(memory)
+    run = read_run(tmp_path)
+    first, second = (host.shift for host in run.hosts)
+    assert first == Shift(0, 0)
+    assert second.error_ns is not None
+    assert abs(second.ns) <= second.error_ns < 2e9 * LATE_S
+    worst = Report.of(run).models[0].lasts[0]
+    assert worst.rank == late
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
