@@ -14,6 +14,8 @@ from fastddp.watch import ring_reader
 from fastddp.watch.ring_reader import Event, Ring
 
 PATTERN = "*.ring"
+DATES_DIFFER_NS = 600 * 10**9
+"""By how much the dates of two hosts may differ in recordings that are taken for one run."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,13 @@ def _latest(found: list[tuple[str, Ring]]) -> tuple[dict[int, Ring], list[str]]:
     names: dict[int, str] = {}
     left_out = []
     ranked = [(name, ring) for name, ring in found if ring.rank is not None]
-    begin, world_size = 0, 0
+    latest: Ring | None = None
     for name, ring in sorted(ranked, key=lambda pair: -pair[1].made_epoch_ns):
         assert ring.rank is not None
-        if not rings:
-            begin, world_size = ring.made_epoch_ns, ring.world_size or 0
+        latest = latest or ring
         if ring.rank in rings:
             left_out.append(f"{name}: {names[ring.rank]} is a later recording of rank {ring.rank}")
-        elif ring.world_size != world_size or (len(ring) and _end(ring) < begin):
+        elif ring.world_size != latest.world_size or _is_before(ring, latest):
             left_out.append(f"{name}: it is from an earlier run")
         else:
             rings[ring.rank], names[ring.rank] = ring, name
@@ -113,8 +114,14 @@ def _latest(found: list[tuple[str, Ring]]) -> tuple[dict[int, Ring], list[str]]:
     return dict(sorted(rings.items())), left_out
 
 
-def _end(ring: Ring) -> int:
-    return ring.epoch_ns(int(ring.words[-1, 0]))
+def _is_before(ring: Ring, latest: Ring) -> bool:
+    """Returns whether a ring was written to for the last time before another one was made."""
+    if not len(ring):
+        return False
+    end = int(ring.words[-1, 0])
+    if ring.host is not None and ring.host == latest.host:
+        return end < latest.made_ns
+    return ring.epoch_ns(end) < latest.made_epoch_ns - DATES_DIFFER_NS
 
 
 def make_run(rings: Mapping[int, Ring], left_out: list[str] | None = None) -> Run:

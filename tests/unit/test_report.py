@@ -388,10 +388,12 @@ def test_without_matplotlib_all_but_the_picture_is_there(
 
 
 def test_what_is_not_of_the_latest_run_is_left_out_and_named(tmp_path: Path) -> None:
-    leave(tmp_path, late_run(), made_epoch_ns=10**18)
-    leave(tmp_path, late_run(), pid=2, world_size=3, made_epoch_ns=10**18 + 10**12)
-    leave(tmp_path, {2: []}, pid=2, world_size=3, made_epoch_ns=10**18 + 10**12)
-    leave(tmp_path, {3: step(0, 1)}, pid=1, world_size=4, made_epoch_ns=10**18)
+    date = 10**18
+    earlier = {"made_ns": 0, "made_epoch_ns": date}
+    later = {"made_ns": 10**12, "made_epoch_ns": date + 10**12, "world_size": 4}
+    leave(tmp_path, late_run(), **earlier)
+    leave(tmp_path, {0: [], 1: [], 2: []}, pid=2, **later)
+    leave(tmp_path, {3: step(0, 1)}, world_size=4, **earlier)
     (tmp_path / "rank-unknown.9.ring").write_bytes(ring([], rank=None))
     (tmp_path / "rank-<b>.9.ring").write_bytes(b"x")
     run = read_run(tmp_path)
