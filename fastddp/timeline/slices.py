@@ -29,7 +29,7 @@ class Activity(Enum):
     EARLIER = "forward without a round"
     BACKWARD = "backward"
     COPY = "copy"
-    GATHERING = "collective, ranks are missing"
+    GATHERING = "collective: a rank is missing"
     COLLECTIVE = "collective"
     LATE = "exposed: waiting for late ranks"
     TRANSFER = "exposed: transfer"
