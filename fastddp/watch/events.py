@@ -51,7 +51,7 @@ class Kind(IntEnum):
     """In shared memory. a: the number in the group plus, times 2**32, 32 bits of the group's id;
     b: bytes plus, times 2**56, the kind in ``csrc/shm/layout.h``."""
     COLLECTIVE_MET = 13
-    """All ranks have come. a: as before; b: the rank that was last times 2**40, plus the
+    """All ranks have come. a: as before; b: the rank in the group that was last, times 2**40, plus the
     nanoseconds that it came after the first one, at most 2**40 - 1."""
     COLLECTIVE_END = 14
     """a: as before."""

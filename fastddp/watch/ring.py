@@ -122,7 +122,7 @@ class Ring:
         C++ must not write to the ring at the same time.
 
         Args:
-            kind: a :class:`fastddp.watch.events.Kind`.
+            kind: what has happened, a :class:`fastddp.watch.events.Kind`.
             owner: the number of the model that the event concerns, 32 bits; 0 for none.
             a: the first of the two numbers of the event, 64 bits.
             b: the second one, 64 bits.

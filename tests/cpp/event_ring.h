@@ -13,13 +13,11 @@ namespace event_ring {
 inline constexpr std::size_t kHeaderWords = 16;
 inline constexpr std::size_t kEventWords = 4;
 
-// A ring as Python makes it. It stays for good: a thread of an earlier test may know it.
+// In use from use() to the end; no thread may record then.
 class Ring {
  public:
   explicit Ring(std::size_t capacity)
-      : capacity_(capacity),
-        words_(
-            *new std::vector<std::atomic<std::uint64_t>>(kHeaderWords + capacity * kEventWords)) {
+      : capacity_(capacity), words_(kHeaderWords + capacity * kEventWords) {
     words_[1] = capacity;
   }
   ~Ring() { fastddp::events::use(nullptr); }
@@ -39,7 +37,7 @@ class Ring {
 
  private:
   const std::size_t capacity_;
-  std::vector<std::atomic<std::uint64_t>>& words_;
+  std::vector<std::atomic<std::uint64_t>> words_;
 };
 
 }  // namespace event_ring

@@ -105,7 +105,7 @@ def test_both_writers_write_the_same() -> None:
     native.use_events(other.address)
     try:
         for nth in range(20):
-            args = (nth % 18 + 1, nth * 2**28, nth * 2**59, 2**64 - 1 - nth)
+            args = (nth % 18 + 1, nth * 2**27, nth * 2**59, 2**64 - 1 - nth)
             mine.write(*args)
             native.record_event(*args)
     finally:
