@@ -15,7 +15,7 @@ def write_report(directory: Path) -> str:
     """Writes ``trace.json``, ``timeline.png`` and ``report.html`` beside the rings of a run.
 
     Args:
-        directory: where the ranks' rings are; those of the latest run in it count.
+        directory: the folder of the ranks' rings; those of the latest run in it count.
 
     Returns:
         The report as text, and the names of what was written.

@@ -70,7 +70,7 @@ def read_run(directory: Path) -> Run:
     """Returns the latest run that left its rings in a directory.
 
     Args:
-        directory: where ``FASTDDP_TRACE`` or ``fastddp.trace`` had them put.
+        directory: the folder that ``FASTDDP_TRACE`` or ``fastddp.trace`` named.
 
     Raises:
         FileNotFoundError: if there is no ring in it that could be read; says what there is.
