@@ -86,6 +86,7 @@ def meeting(
     by: int,
     owner: int = OWNER,
     num_bytes: int = 1000,
+    group: int = 5,
 ) -> list[Words]:
     """Returns the events of a collective in shared memory, with times in milliseconds.
 
@@ -93,7 +94,7 @@ def meeting(
         last: the rank that was the last to come.
         by: how many milliseconds it came after the first.
     """
-    key = number | 5 << 32
+    key = number | group << 32
     return [
         (begin * MS, Kind.COLLECTIVE_BEGIN, owner, key, num_bytes | 1 << 56),
         (met * MS, Kind.COLLECTIVE_MET, owner, key, last << 40 | by * MS),

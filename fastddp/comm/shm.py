@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from fastddp import config, extension
+from fastddp.comm.groups import watch
 from fastddp.comm.hosts import (
     Announcement,
     Hosts,
@@ -33,10 +34,10 @@ from fastddp.comm.hosts import (
     choose_hosts,
     introduction,
     read_address,
-    this_host,
 )
 from fastddp.comm.meeting import Meeting, explained, short
-from fastddp.comm.recording import start_recording
+from fastddp.watch import events, watcher
+from fastddp.watch.host import this_host
 
 _GlooOptions = Any  # a timeout, or dist.ProcessGroupGloo._Options, which torch's stubs leave out
 
@@ -133,6 +134,7 @@ def has_to_meet(group: ProcessGroup, device: torch.device) -> bool:
 
 
 def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
+    watch(group)
     if type(group) is not ProcessGroup:  # a class of the user's, which has its own collectives
         return None
     inner = group._get_backend(_CPU)
@@ -152,14 +154,24 @@ def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
     pair = ProcessGroup(group.rank(), group.size())  # type: ignore[call-arg]
     pair._register_backend(_CPU, ProcessGroup.BackendType.CUSTOM, backend)
     pair._set_default_backend(ProcessGroup.BackendType.CUSTOM)
+    pair._set_group_name(group.group_name)  # what messages and the board call it
     return pair
 
 
-def _make_backend(group: Any, _options: Any) -> Any:
-    """Makes the backend for torch.distributed, which calls this on every rank of a new group."""
-    rank, size = group.group_rank, group.group_size
-    inner = _make_gloo("gloo", group.store, rank, size, group.timeout)
-    return _connect(_Peers(inner, group.store, rank, size, group.timeout, group.group_id))
+def _make_backend(given: Any, _options: Any) -> Any:
+    """Makes the backend for torch.distributed, which calls this on every rank of a new group.
+
+    Args:
+        given: torch's ``_DistributedBackendOptions``: the store, the ranks and their timeout.
+        _options: the options that the script has made for the backend, of which there are none.
+    """
+    store, rank, size = given.store, given.group_rank, given.group_size
+    # The store in that of the group has a prefix for the device, and nobody keeps it.
+    store_of_group = getattr(store, "underlying_store", store)
+    ranks = given.global_ranks_in_group or range(size)
+    watcher.watch_group(given.group_id, ranks, rank, store_of_group)
+    inner = _make_gloo("gloo", store, rank, size, given.timeout)
+    return _connect(_Peers(inner, store, rank, size, given.timeout, given.group_id))
 
 
 def _make_gloo(name: str, store: Any, rank: int, size: int, options: _GlooOptions) -> Any:
@@ -213,7 +225,7 @@ def _connect(peers: _Peers, shared: bool = False) -> Any:
         A ``ShmBackend``, or the gloo backend itself, on all ranks, where no two of them share a
         host or one of them cannot get at another's memory (which is logged).
     """
-    start_recording(peers.rank, peers.size)
+    events.start(peers.rank, peers.size)
     inner = peers.inner
     meeting = Meeting(inner, peers.rank, peers.size)
     native, said = _introduce(meeting)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from fastddp.comm.recording import start_recording
 from fastddp.ddp import change_agreement
 from fastddp.ddp.arrivals import Arrivals
 from fastddp.ddp.attachment import Attachment, RoundPolicy
@@ -61,7 +60,7 @@ class Replica:
         param_dtype = None if mixed is None else mixed.param_dtype
         self.low_precision = None if param_dtype is None else LowPrecision(module, param_dtype)
         change_agreement.join_group(self)
-        start_recording(self.ranks.rank, 1)
+        events.start(0, 1)
         watch_optimizers()
 
         # What others keep here.

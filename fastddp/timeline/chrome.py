@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastddp.timeline.matched import last_launches, match
 from fastddp.timeline.run import Run
 from fastddp.timeline.slices import LANES, Lane, Slice, slices_of
 
@@ -45,13 +44,12 @@ def trace_events(run: Run) -> Iterator[dict[str, Any]]:
         run: the recordings of the run.
     """
     zero = min(recording.first for recording in run.recordings.values())
-    launches = {key: last_launches(steps) for key, steps in match(run.recordings).items()}
     host_of = {rank: nth for nth, host in enumerate(run.hosts) for rank in host.ranks}
     for rank, recording in run.recordings.items():
         name = f"rank {rank} (host {host_of[rank]}, process {run.rings[rank].pid})"
         yield _name("process_name", rank, 0, name)
         yield {"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}}
-        slices = sorted(slices_of(recording, launches), key=lambda s: s.span)
+        slices = sorted(slices_of(recording), key=lambda s: s.span)
         ends: dict[Lane, list[int]] = {lane: [] for lane in Lane}
         for piece in slices:
             lane = LANES[piece.activity]

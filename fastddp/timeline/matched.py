@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from fastddp.timeline.steps import Meeting, Recording, Step
 
 Key = tuple[int, int]
-"""A model's number and a step's number: the same for the ranks that took the step together."""
+"""A model's number and a step's number."""
 
 
-def match(recordings: Mapping[int, Recording]) -> dict[Key, dict[int, Step]]:
-    """Returns the steps by model and number, each by rank, in the order in which they ended.
+def match(recordings: Mapping[int, Recording]) -> list[dict[int, Step]]:
+    """Returns the steps that ranks took together, each by rank, in the order in which they ended.
 
     Args:
         recordings: what the ranks did, by rank, on one clock.
@@ -21,24 +21,39 @@ def match(recordings: Mapping[int, Recording]) -> dict[Key, dict[int, Step]]:
     for rank, recording in recordings.items():
         for step in recording.steps:
             by_key.setdefault((step.owner, step.number), {})[rank] = step
-    return dict(
-        sorted(by_key.items(), key=lambda item: max(s.end_of_round for s in item[1].values()))
-    )
+    together = [steps for same in by_key.values() for steps in _by_group(same)]
+    return sorted(together, key=lambda steps: max(step.end_of_round for step in steps.values()))
 
 
-def last_launches(steps: Mapping[int, Step]) -> dict[int, int]:
-    """Returns when the last rank launched each collective of a round, by the collective's number.
+def _by_group(steps: dict[int, Step]) -> list[dict[int, Step]]:
+    """Divides ranks that have wrapped a model in groups of their own, as shared memory tells.
+
+    Models have the same number in all groups that have none of their ranks in common.
+    """
+    groups = {rank: step.group for rank, step in steps.items()}
+    if len(set(groups.values()) - {None}) < 2:
+        return [steps]
+    return [
+        {rank: step for rank, step in steps.items() if groups[rank] == group}
+        for group in dict.fromkeys(groups.values())
+    ]
+
+
+def note_launches(steps: Mapping[int, Step]) -> None:
+    """Notes in each launch of a step when the last rank launched the same collective.
 
     Args:
         steps: the same step of several ranks. With only one there is nothing to compare.
     """
-    last: dict[int, int] = {}
     if len(steps) < 2:
-        return last
+        return
+    last: dict[int, int] = {}
     for step in steps.values():
         for launch in step.launches:
             last[launch.number] = max(last.get(launch.number, 0), launch.at)
-    return last
+    for step in steps.values():
+        for launch in step.launches:
+            launch.met = last[launch.number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +109,10 @@ def _last_of_backward(steps: Mapping[int, Step]) -> Last:
 
 def _last_of(meeting: Meeting, steps: Mapping[int, Step]) -> Last:
     assert meeting.last_rank is not None
-    last, by = meeting.last_rank, meeting.spread
     begun = {rank: m for rank, step in steps.items() for m in step.meetings if m.key == meeting.key}
+    # The event has the rank in its group. But the last one records that all have met when it comes.
+    itself = [rank for rank, m in begun.items() if m.met == m.begin]
+    last, by = itself[0] if itself else meeting.last_rank, meeting.spread
     others = [rank for rank in begun if rank != last]
     if last not in steps or not others:
         return Last(last, by)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import Enum
 
 from fastddp.timeline.spans import Span, covered, gaps, merged
@@ -27,7 +26,7 @@ class Part(Enum):
     OPTIMIZER = "optimizer"
 
 
-def parts_of(step: Step, last_launches: Mapping[int, int] | None = None) -> dict[Part, int]:
+def parts_of(step: Step) -> dict[Part, int]:
     """Returns the nanoseconds of each part of a step; they add up to the step.
 
     Exposed is the communication that this rank waits for while it does nothing else: from the end
@@ -37,13 +36,11 @@ def parts_of(step: Step, last_launches: Mapping[int, int] | None = None) -> dict
     Args:
         step: the step of one rank. If it is not known when the step began, it begins with its
             forward here.
-        last_launches: when the last rank launched a collective of this round, by number, on the
-            clock of the step; for transports that do not tell when the ranks met.
     """
     first = min([step.forward, *(span.begin for span in step.forwards)])
     begin = first if step.begin is None else min(step.begin, first)
     exposed = exposed_spans(step)
-    late = covered(late_spans(step, last_launches))
+    late = covered(late_spans(step))
     forward = Span(step.forward, step.backward)
     known = {
         Part.EARLIER: step.forward - first,
@@ -71,26 +68,23 @@ def exposed_spans(step: Step) -> list[Span]:
     return merged([*in_forward, Span(step.backward_end, step.end_of_round)])
 
 
-def late_spans(step: Step, last_launches: Mapping[int, int] | None = None) -> list[Span]:
+def late_spans(step: Step) -> list[Span]:
     """Returns the times, without overlap, in which a rank only waited for late ranks.
 
     Those are the ones in which it had begun a collective that another rank had not.
 
     Args:
         step: the step of the rank that waited.
-        last_launches: when the last rank launched each collective, as for :func:`parts_of`.
     """
-    last = last_launches or {}
     absences = [Span(m.begin, m.met) for m in step.meetings if m.met is not None]
-    absences += [Span(x.at, last[x.number]) for x in step.launches if x.number in last]
+    absences += [Span(x.at, x.met) for x in step.launches if x.met is not None]
     return merged(each.within(outer) for outer in exposed_spans(step) for each in merged(absences))
 
 
-def tells_lateness(step: Step, last_launches: Mapping[int, int] | None = None) -> bool:
+def tells_lateness(step: Step) -> bool:
     """Returns whether it is known how much of the exposed communication is due to late ranks.
 
     Args:
         step: the step of one rank.
-        last_launches: when the last rank launched each collective, as for :func:`parts_of`.
     """
-    return bool(last_launches) or any(m.met is not None for m in step.meetings)
+    return any(meeting.met is not None for meeting in [*step.meetings, *step.launches])

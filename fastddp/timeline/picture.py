@@ -11,13 +11,12 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from fastddp.timeline.findings import headline, shown_ranks
-from fastddp.timeline.matched import Key, last_launches, match
 from fastddp.timeline.parts import Part, parts_of
 from fastddp.timeline.run import Run
 from fastddp.timeline.slices import Activity, Slice, slices_of
 from fastddp.timeline.spans import Span
 from fastddp.timeline.steps import Step
-from fastddp.timeline.summary import ModelSummary, average
+from fastddp.timeline.summary import ModelSummary, average, owner_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +88,7 @@ def draw(run: Run, models: Sequence[ModelSummary]) -> bytes:
     from matplotlib.figure import Figure
 
     model = max(models, key=lambda model: model.average.num_steps)
-    matched = {k: steps for k, steps in match(run.recordings).items() if k[0] == model.owner}
+    matched = [steps for steps in run.steps if owner_of(steps) == model.owner]
     ranks = shown_ranks(model)
     height = 3.4 + LANE_INCHES * len(ranks)
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
@@ -106,17 +105,16 @@ def draw(run: Run, models: Sequence[ModelSummary]) -> bytes:
 def _draw_lanes(
     axes: Axes,
     run: Run,
-    matched: Mapping[Key, Mapping[int, Step]],
+    matched: Sequence[Mapping[int, Step]],
     ranks: Sequence[int],
 ) -> None:
-    latest = list(matched.values())[-STEPS_SHOWN:]
+    latest = matched[-STEPS_SHOWN:]
     window = _window(latest)
-    launches = {key: last_launches(steps) for key, steps in matched.items()}
     drawn = set()
     for lane, rank in enumerate(ranks):
         inside = [
             Slice(piece.activity, piece.span.within(window), piece.facts)
-            for piece in slices_of(run.recordings[rank], launches)
+            for piece in slices_of(run.recordings[rank])
         ]
         inside = [piece for piece in inside if piece.span.length]
         drawn |= {piece.activity for piece in inside}
@@ -168,14 +166,13 @@ def _window(steps: Iterable[Mapping[int, Step]]) -> Span:
     return Span(begin - margin, end + margin)
 
 
-def _draw_parts(axes: Axes, matched: Mapping[Key, Mapping[int, Step]]) -> None:
+def _draw_parts(axes: Axes, matched: Sequence[Mapping[int, Step]]) -> None:
     """Draws how long the parts of each step took, on the average of the ranks."""
     numbers, heights = [], []
-    for (_, number), steps in matched.items():
-        last = last_launches(steps)
-        parts = [parts_of(step, last) for step in steps.values() if step.begin is not None]
+    for steps in matched:
+        parts = [parts_of(step) for step in steps.values() if step.begin is not None]
         if parts:
-            numbers.append(number)
+            numbers.append(next(iter(steps.values())).number)
             mean = average(parts)
             heights.append([mean[part] / 1e6 for part in PARTS])
     if len(numbers) > 1:

@@ -22,7 +22,7 @@ class Report:
     @classmethod
     def of(cls, run: Run) -> Report:
         """Makes the report of a run."""
-        return cls(run, summarize(run.recordings, run.world_size))
+        return cls(run, summarize(run.steps, run.world_size))
 
     def __str__(self) -> str:
         return report_text(self.run, self.models)

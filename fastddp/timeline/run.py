@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from fastddp.timeline.clock import Shift, done_together, shift_between
-from fastddp.timeline.matched import Key
+from fastddp.timeline.matched import Key, match, note_launches
 from fastddp.timeline.steps import Recording, Step, read_steps
 from fastddp.watch import ring_reader
 from fastddp.watch.ring_reader import Event, Ring
@@ -35,6 +35,8 @@ class Run:
     """By rank, the ranks ascending."""
     recordings: dict[int, Recording]
     hosts: list[Host]
+    steps: list[dict[int, Step]]
+    """The steps that ranks took together, each by rank, in the order in which they ended."""
     left_out: list[str] = field(default_factory=list)
     """Files that are not part of the run, and why, for people."""
 
@@ -144,7 +146,10 @@ def make_run(rings: Mapping[int, Ring], left_out: list[str] | None = None) -> Ru
                 events = (event._replace(at=event.at + shift.ns) for event in rings[rank].events())
                 recordings[rank] = read_steps(events)
         hosts.append(Host(ranks, shift))
-    return Run(dict(sorted(rings.items())), recordings, hosts, left_out or [])
+    steps = match(recordings)
+    for together in steps:
+        note_launches(together)
+    return Run(dict(sorted(rings.items())), recordings, hosts, steps, left_out or [])
 
 
 def _shift(

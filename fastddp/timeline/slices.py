@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -61,18 +61,14 @@ class Slice:
     """What else is known of it, such as the number of the step or the bytes of a collective."""
 
 
-def slices_of(
-    recording: Recording, launches: Mapping[tuple[int, int], Mapping[int, int]]
-) -> Iterator[Slice]:
+def slices_of(recording: Recording) -> Iterator[Slice]:
     """Yields the slices of a rank, step by step.
 
     Args:
         recording: what the rank did.
-        launches: when the last rank launched the collectives of each step, as
-            :func:`fastddp.timeline.matched.last_launches` has it, by model and number of the step.
     """
     for step in [*recording.steps, *recording.unfinished]:
-        for activity, span, facts in _of_step(step, launches.get((step.owner, step.number), {})):
+        for activity, span, facts in _of_step(step):
             if span.length:
                 yield Slice(activity, span, {"step": step.number, **facts})
     for stall in recording.stalls:
@@ -80,9 +76,7 @@ def slices_of(
         yield Slice(Activity.STALL, Span(stall.begin, end), {"rank at fault": stall.rank})
 
 
-def _of_step(
-    step: Step, last: Mapping[int, int]
-) -> Iterator[tuple[Activity, Span, dict[str, int]]]:
+def _of_step(step: Step) -> Iterator[tuple[Activity, Span, dict[str, int]]]:
     yield from ((Activity.EARLIER, span, {}) for span in step.forwards)
     yield Activity.FORWARD, Span(step.forward, step.backward), {}
     yield Activity.BACKWARD, Span(step.backward, step.backward_end), {}
@@ -90,7 +84,7 @@ def _of_step(
         if launch.fill is not None:
             yield Activity.COPY, Span(launch.fill, launch.at), {"collective": launch.number}
     yield from _collectives(step)
-    late = late_spans(step, last)
+    late = late_spans(step)
     yield from ((Activity.LATE, span, {}) for span in late)
     for exposed in exposed_spans(step):
         yield from ((Activity.TRANSFER, span, {}) for span in gaps(late, exposed))

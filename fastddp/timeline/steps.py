@@ -28,6 +28,8 @@ class Launch:
     """When copying into its bucket began; None if nothing was left to copy."""
     wait: Span | None = None
     """While the reducer waited for it."""
+    met: int | None = None
+    """When the last rank launched it; None until the recordings of several ranks are compared."""
 
 
 @dataclass(slots=True)
@@ -69,6 +71,12 @@ class Step:
     launches: list[Launch] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
     """Collectives in shared memory from the begin of the step on, also those of the script."""
+
+    @property
+    def group(self) -> int | None:
+        """The number of the group that the round was in, where shared memory tells it."""
+        of_round = (m for m in self.meetings if m.owner == self.owner and m.begin >= self.backward)
+        return next((meeting.key >> 32 for meeting in of_round), None)
 
     @property
     def end(self) -> int:

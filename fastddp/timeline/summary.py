@@ -8,9 +8,9 @@ from statistics import median
 from typing import Any
 
 from fastddp.timeline.figures import Figure, figure
-from fastddp.timeline.matched import Key, Last, find_last, last_launches, match
+from fastddp.timeline.matched import Last, find_last
 from fastddp.timeline.parts import Part, parts_of, tells_lateness
-from fastddp.timeline.steps import Recording, Step
+from fastddp.timeline.steps import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,47 +81,51 @@ def _as_dict(durations: Durations) -> dict[str, Any]:
     }
 
 
-def summarize(recordings: Mapping[int, Recording], world_size: int | None) -> list[ModelSummary]:
+def summarize(together: Sequence[Mapping[int, Step]], world_size: int | None) -> list[ModelSummary]:
     """Returns a summary for each model, in the order of their first steps.
 
     Args:
-        recordings: what the ranks did, by rank, on one clock.
+        together: the steps that ranks took together, each by rank, on one clock.
         world_size: the number of ranks that there are; None if it is not known.
     """
-    matched = match(recordings)
-    models = list(dict.fromkeys(owner for owner, _ in matched))
-    return [_summarize(owner, recordings, matched, world_size) for owner in models]
+    by_owner: dict[int, list[Mapping[int, Step]]] = {}
+    for steps in together:
+        by_owner.setdefault(owner_of(steps), []).append(steps)
+    return [_summarize(owner, steps, world_size) for owner, steps in by_owner.items()]
+
+
+def owner_of(steps: Mapping[int, Step]) -> int:
+    """Returns the number of the model that ranks took a step with.
+
+    Args:
+        steps: the step by rank.
+    """
+    return next(iter(steps.values())).owner
 
 
 def _summarize(
-    owner: int,
-    recordings: Mapping[int, Recording],
-    matched: Mapping[Key, Mapping[int, Step]],
-    world_size: int | None,
+    owner: int, together: Sequence[Mapping[int, Step]], world_size: int | None
 ) -> ModelSummary:
-    of_model = {number: steps for (of, number), steps in matched.items() if of == owner}
-    parts: dict[int, list[dict[Part, int]]] = {rank: [] for rank in sorted(recordings)}
+    every = [step for steps in together for step in steps.values()]
+    is_any_whole = any(step.begin is not None for step in every)
+    parts: dict[int, list[dict[Part, int]]] = {}
     averages: list[dict[Part, float]] = []
-    tells = False
-    is_any_whole = any(step.begin for steps in of_model.values() for step in steps.values())
-    for steps in of_model.values():
-        last = last_launches(steps)
-        tells = tells or any(tells_lateness(step, last) for step in steps.values())
+    for steps in together:
         whole = {rank: s for rank, s in steps.items() if s.begin is not None or not is_any_whole}
-        by_rank = {rank: parts_of(step, last) for rank, step in whole.items()}
+        by_rank = {rank: parts_of(step) for rank, step in whole.items()}
         for rank, of_rank in by_rank.items():
-            parts[rank].append(of_rank)
+            parts.setdefault(rank, []).append(of_rank)
         if by_rank:
             averages.append(average(list(by_rank.values())))
-    lasts = [find_last(steps, world_size) for steps in of_model.values()]
+    lasts = [find_last(steps, world_size) for steps in together]
     return ModelSummary(
         owner=owner,
-        first=min(of_model),
-        last=max(of_model),
-        ranks={rank: _durations(steps) for rank, steps in parts.items() if steps},
+        first=min(step.number for step in every),
+        last=max(step.number for step in every),
+        ranks={rank: _durations(steps) for rank, steps in sorted(parts.items())},
         average=_durations(averages),
         lasts=_last_ranks([last for last in lasts if last is not None and last.by > 0]),
-        tells_lateness=tells,
+        tells_lateness=any(map(tells_lateness, every)),
     )
 
 

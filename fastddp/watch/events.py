@@ -19,7 +19,10 @@ from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
+import torch.distributed as dist
+
 from fastddp import config, extension
+from fastddp.watch.host import this_host
 from fastddp.watch.ring import UNKNOWN_RANK, Header, Ring
 
 _Write = Callable[[int, int, int, int], None]
@@ -51,8 +54,8 @@ class Kind(IntEnum):
     """In shared memory. a: the number in the group plus, times 2**32, 32 bits of the group's id;
     b: bytes plus, times 2**56, the kind in ``csrc/shm/layout.h``."""
     COLLECTIVE_MET = 13
-    """All ranks have come. a: as before; b: the rank in the group that was last, times 2**40, plus the
-    nanoseconds that it came after the first one, at most 2**40 - 1."""
+    """All ranks have come. a: as before; b: the rank in the group that was last, times 2**40, plus
+    the nanoseconds that it came after the first one, at most 2**40 - 1."""
     COLLECTIVE_END = 14
     """a: as before."""
     ERROR = 15
@@ -84,29 +87,29 @@ def record(kind: Kind, owner: int = 0, a: int = 0, b: int = 0) -> None:
     (_write or start())(kind, owner, a, b)
 
 
-def start(rank: int | None = None, world_size: int = 0, host: str | None = None) -> _Write:
+def start(rank: int | None = None, world_size: int = 0) -> _Write:
     """Makes the ring if there is none, also for C++, and has it say which rank this is.
 
     Args:
-        rank: the rank in the default group; None if it is not known.
-        world_size: the number of ranks in the default group; 0 if it is not known.
-        host: a text that the processes of a host have in common; None if it is not known.
+        rank: the rank if there is no default group, or it is made in this moment; None if it is not
+            known.
+        world_size: the number of ranks, likewise.
     """
     global _folder
     with _lock:
         ring = _ring
         if ring is None:
             ring = Ring.make()
+            ring.set(Header.HOST, _host())
             _use(ring)
             if hasattr(os, "register_at_fork"):
                 _follow_forks()
             _folder = _folder or config.trace()
+        if dist.is_available() and dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
         if rank is not None:
             ring.set(Header.RANK, rank)
             ring.set(Header.WORLD_SIZE, world_size)
-        if host is not None:
-            digest = hashlib.sha256(host.encode()).digest()
-            ring.set(Header.HOST, int.from_bytes(digest[:8], "little"))
         if _folder is not None:
             try:
                 _move_to(_folder)
@@ -187,6 +190,14 @@ def snapshot() -> bytes:
     ring = _ring
     assert ring is not None
     return ring.copy()
+
+
+def _host() -> int:
+    try:
+        host = this_host()
+    except OSError:
+        return 0
+    return int.from_bytes(hashlib.sha256(host.encode()).digest()[:8], "little")
 
 
 def _name(ring: Ring) -> str:

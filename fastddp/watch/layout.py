@@ -70,7 +70,7 @@ class Model(IntEnum):
     GROUP = 1
     """See :func:`id_of`."""
     PHASE = 2
-    """The number of a :class:`fastddp.engine.python.phase.Phase`, in the order of that class."""
+    """The number of a phase of a reducer, see ``csrc/core/phase.h``."""
     STEPS = 3
     """Rounds that have ended."""
     LAST_PARAM = 4

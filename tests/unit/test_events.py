@@ -88,12 +88,12 @@ def test_the_header_says_who_and_when(writer: str) -> None:
     assert words[1] == 32768
     assert words[3] == os.getpid()
     assert words[4] == 2**64 - 1
-    assert words[5] == words[8] == 0
+    assert words[5] == 0
+    assert words[8] != 0
     assert abs(time.monotonic_ns() - words[6] - (time.time_ns() - words[7])) < 10**9
-    events.start(3, 4, "here")
+    events.start(3, 4)
     words = _words(events._ring.copy())
     assert words[4:6] == (3, 4)
-    assert words[8] != 0
     assert words[9:16] == (0,) * 7
 
 

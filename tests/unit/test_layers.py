@@ -14,18 +14,26 @@ ROOT = Path(__file__).resolve().parents[2]
 # What each package may import besides itself. docs/design.md has the picture.
 PYTHON_LAYERS: dict[str, set[str]] = {
     "base": set(),
-    "device": {"base"},
     "watch": {"base"},
     "timeline": {"base", "watch"},
-    "comm": {"base", "device", "watch"},
-    "engine": {"base", "device", "watch", "comm"},
-    "ddp": {"base", "device", "watch", "comm", "engine"},
+    "device": {"base"},
+    "comm": {"base", "watch", "device"},
+    "engine": {"base", "watch", "device", "comm"},
+    "ddp": {"base", "watch", "device", "comm", "engine"},
     "data": {"base", "comm"},
     "data_parallel": {"base", "device", "engine"},
     "integrations": {"ddp"},
     "top": {
-        *("base", "device", "watch", "timeline", "comm", "engine", "ddp"),
-        *("data", "data_parallel", "integrations"),
+        "base",
+        "watch",
+        "timeline",
+        "device",
+        "comm",
+        "engine",
+        "ddp",
+        "data",
+        "data_parallel",
+        "integrations",
     },
 }
 # The files beside the packages: at the bottom what all may import, at the top what nobody imports.

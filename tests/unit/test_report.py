@@ -19,9 +19,9 @@ from fastddp.timeline.chrome import trace_events
 from fastddp.timeline.clock import Both, Shift, shift_between
 from fastddp.timeline.command import write_report
 from fastddp.timeline.figures import figure
-from fastddp.timeline.matched import Last, find_last, last_launches
+from fastddp.timeline.matched import Last, find_last, match, note_launches
 from fastddp.timeline.page import page
-from fastddp.timeline.parts import Part, parts_of
+from fastddp.timeline.parts import Part, parts_of, tells_lateness
 from fastddp.timeline.report import Report
 from fastddp.timeline.run import make_run, read_run
 from fastddp.timeline.spans import Span, covered, gaps, merged
@@ -135,12 +135,13 @@ def test_exposed_communication_is_waiting_until_the_last_rank_has_launched() -> 
         record(step(0, at, exposed=exposed, launched=[10, 20])).steps[0]
         for at, exposed in ((1, 20), (13, 8))
     )
-    last = last_launches({0: one, 1: other})
-    assert last == {0: 33 * MS, 1: 43 * MS}
-    assert in_ms(parts_of(one, last))[Part.LATE] == 12
-    assert in_ms(parts_of(one, last))[Part.TRANSFER] == 8
-    assert Part.LATE not in in_ms(parts_of(other, last))
-    assert last_launches({0: one}) == {}
+    note_launches({0: one})
+    assert not tells_lateness(one)
+    note_launches({0: one, 1: other})
+    assert [launch.met for launch in one.launches] == [33 * MS, 43 * MS]
+    assert in_ms(parts_of(one))[Part.LATE] == 12
+    assert in_ms(parts_of(one))[Part.TRANSFER] == 8
+    assert Part.LATE not in in_ms(parts_of(other))
 
 
 def test_waiting_for_buffers_in_the_forward_is_exposed_too() -> None:
@@ -215,6 +216,27 @@ def test_a_rank_can_be_late_to_what_comes_before_the_round() -> None:
         r1=by_time(step(0, 37, forward=14), meeting(0, 40, 40, 41, last=1, by=38)),
     )
     assert find_last(steps, 2) == Last(1, 38 * MS, 36 * MS, 2 * MS, 0)
+
+
+def test_ranks_of_groups_of_their_own_are_not_compared() -> None:
+    def of_group(at: int, group: int) -> Recording:
+        together = meeting(0, at + 20, at + 20, at + 30, last=0, by=1, group=group)
+        return record(step(0, at), together)
+
+    recordings = {0: of_group(1, 7), 1: of_group(900, 8), 2: of_group(3, 7), 3: record(step(0, 2))}
+    assert [list(steps) for steps in match(recordings)] == [[3], [0, 2], [1]]
+    del recordings[1]  # then the third one may be on another host, without shared memory
+    assert [list(steps) for steps in match(recordings)] == [[0, 2, 3]]
+
+
+def test_the_last_rank_is_found_whatever_its_group_calls_it() -> None:
+    steps = steps_of(
+        r4=by_time(step(0, 1, forward=50), meeting(0, 2, 40, 41, last=1, by=38)),
+        r6=by_time(step(0, 37, forward=14), meeting(0, 40, 40, 41, last=1, by=38)),
+    )
+    last = find_last(steps, 8)
+    assert last is not None
+    assert (last.rank, last.by) == (6, 38 * MS)
 
 
 # ---- figures -------------------------------------------------------------------------------------

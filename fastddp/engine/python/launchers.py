@@ -8,7 +8,6 @@ from functools import partial
 from typing import NoReturn, Protocol
 
 import torch
-from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import AllreduceOptions
 
 from fastddp.comm.labels import labelled
@@ -90,10 +89,9 @@ class AllReduceLauncher:
         except torch.distributed.DistBackendError as error:  # it has been waited for already
             return Launch(bucket, partial(_raise, error))
 
-        def wait() -> None:
-            work.wait()
-
-        return Launch(bucket, wait)
+        number = bucket.collective.number
+        what = "the all-reduce of gradients"
+        return Launch(bucket, partial(self._context.wait_for, work, what, number))
 
     def end_buckets(self, launches: Sequence[Launch]) -> list[Launch]:
         """See :class:`Launcher`."""
@@ -151,19 +149,6 @@ class HookLauncher:
     def let_go(self) -> None:
         """See :class:`Launcher`."""
         self.hook.let_go()
-
-
-def runs_inline(group: ProcessGroup, device: torch.device) -> bool:
-    """Returns whether a collective that is waited for at once costs no switch of threads.
-
-    That is so in our own backend, which then has the launching thread do the work.
-    """
-    if device.type != "cpu":
-        return False
-    try:
-        return bool(group._get_backend(device).name() == "shm")
-    except RuntimeError:  # a group of the user's making, which has no backends
-        return False
 
 
 def _raise(error: BaseException) -> NoReturn:

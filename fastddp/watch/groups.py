@@ -1,0 +1,186 @@
+"""The groups that are watched: who is in them, and where the boards of their ranks are.
+
+A rank that first sees a group writes the address of its board into the group's store, with one
+``set``. Whoever wants to know reads it there, at any time: nothing waits for anybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from fastddp.watch import board
+from fastddp.watch.host import this_host
+from fastddp.watch.layout import Header, id_of
+from fastddp.watch.notes import Notes
+from fastddp.watch.peers import Address, Peer
+from fastddp.watch.process import born
+
+_STORE_TIMEOUT = timedelta(seconds=5)
+_MAX_ASKED = 256
+"""Of a larger group, that many ranks are asked for."""
+
+
+class Watched:
+    """A group that this process is in.
+
+    The script's store is not kept alive: with it would live the server of a group that the script
+    has destroyed, and with that the port.
+
+    Args:
+        name: the name of the group, the same on every rank.
+        ranks: the global ranks of the members, by rank in the group.
+        index: this process's rank in the group.
+        store: the store of the group.
+    """
+
+    def __init__(self, name: str, ranks: Sequence[int], index: int, store: Any) -> None:
+        self.name = name
+        self.id = id_of(name)
+        self.ranks = tuple(ranks)
+        self.index = index
+        self.store = weakref.ref(store)
+        self.addresses: dict[int, Address] = {}
+        """By global rank, as far as they are known."""
+        self.notes = Notes(index)
+        self._client: Any = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the script still has the group."""
+        return self.store() is not None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all addresses that are asked for are known."""
+        return len(self.addresses) >= min(len(self.ranks), _MAX_ASKED)
+
+    def client(self) -> Any:
+        """Returns a client of the store that no other thread uses, or None. For the clerk alone.
+
+        Another thread may be blocked in the store itself until something is there.
+        """
+        store = self.store()
+        if store is None:
+            self._client = None
+        elif self._client is None:
+            if not hasattr(store, "clone"):
+                return store
+            client = store.clone()
+            client.set_timeout(_STORE_TIMEOUT)
+            self._client = client
+        return self._client
+
+    @property
+    def has_strangers(self) -> bool:
+        """Whether the boards of some ranks cannot be read here, or are not known to be readable."""
+        here = sum(address.host == own_host() for address in self.addresses.values())
+        return here < len(self.ranks)
+
+    def write_note(self) -> None:
+        """Writes this rank's note. For the clerk alone."""
+        client = self.client()
+        if client is not None:
+            self.notes.write(client)
+
+    def read_notes(self) -> None:
+        """Reads the notes of the other ranks. For the clerk alone."""
+        client = self.client()
+        if client is not None:
+            self.notes.read(client, range(min(len(self.ranks), _MAX_ASKED)))
+
+    def read_addresses(self) -> None:
+        """Asks the store for the addresses that are not known yet. For the clerk alone."""
+        client = self.client()
+        if client is None:
+            return
+        for index, rank in enumerate(self.ranks[:_MAX_ASKED]):
+            if rank not in self.addresses and client.check([_key(index)]):
+                address = Address.parse(client.get(_key(index)))
+                if address is not None:
+                    self.addresses[rank] = address
+
+
+_groups: dict[str, Watched] = {}
+_peers: dict[Address, Peer] = {}
+_host = ""
+
+
+def watch_group(name: str, ranks: Sequence[int], index: int, store: Any) -> bool:
+    """Begins to watch a group. Not collective; takes one ``set`` in the store.
+
+    Args:
+        name: the name of the group, the same on every rank.
+        ranks: the global ranks of the members, by rank in the group.
+        index: this process's rank in the group.
+        store: the group's store; not kept alive.
+
+    Returns:
+        Whether the group is watched now and was not before.
+    """
+    known = _groups.get(name)
+    if len(ranks) < 2 or (known is not None and known.store() is store):
+        return False
+    own = board.make()
+    if own is None:
+        return False
+    if own.read().rank is None:
+        own.put(Header.RANK, ranks[index])
+    group = Watched(name, ranks, index, store)
+    try:
+        store.set(_key(index), str(own_address(own.fd)))
+    except (RuntimeError, OSError):
+        return False
+    _groups[name] = group
+    return True
+
+
+def watched() -> list[Watched]:
+    """Returns the groups that the script still has, and forgets the others."""
+    for name, group in list(_groups.items()):
+        if not group.is_alive and _groups.get(name) is group:
+            del _groups[name]
+    return list(_groups.values())
+
+
+def find(name: str) -> Watched | None:
+    """Returns the watched group with a name; None if there is none."""
+    return _groups.get(name)
+
+
+def own_address(fd: int) -> Address:
+    """Returns the address of a board of this process, by its descriptor."""
+    return Address(own_host(), os.getpid(), born(os.getpid()) or 0, fd)
+
+
+def own_host() -> str:
+    """Returns what :func:`this_host` does, asked once; this process alone if that is not known."""
+    global _host
+    if not _host:
+        _host = f"{os.getpid():x}"
+        with contextlib.suppress(OSError):
+            _host = this_host()
+    return _host
+
+
+def peer(address: Address) -> Peer:
+    """Returns the board at an address."""
+    return _peers.setdefault(address, Peer(address))
+
+
+def _key(index: int) -> str:
+    return f"fastddp board/{index}"
+
+
+def forget() -> None:
+    """Watches no group any more, in a forked child."""
+    _groups.clear()
+    _peers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget)

@@ -1,0 +1,81 @@
+"""What messages call the models, buckets and parameters that are numbers on a board."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+_MAX_NAMED = 2
+
+
+class Planned(Protocol):
+    """What knows the plan of a model's buckets: a reducer."""
+
+    def plan(self) -> Any:
+        """Returns a :class:`fastddp.engine.plan.BucketPlan`; any thread may call it."""
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """The names of one model, the same on every rank."""
+
+    title: str
+    params: Sequence[str] = ()
+    """The names of the parameters, by the index that the reducer gives them."""
+    buckets: Callable[[], Sequence[Sequence[int]]] = field(default=lambda: ())
+    """Returns the indices of the parameters in each bucket; may be called by any thread."""
+
+    def in_bucket(self, bucket: int) -> str:
+        """Returns text such as ``a.weight, a.bias and 4 more``; empty if nothing is known."""
+        try:
+            plan = self.buckets()
+        except (RuntimeError, AttributeError):  # the reducer is being closed
+            return ""
+        if bucket >= len(plan):
+            return ""
+        names = [self.params[index] for index in plan[bucket] if index < len(self.params)]
+        rest = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        return ", ".join(names[:_MAX_NAMED]) + rest
+
+    def param(self, last_param: int) -> str:
+        """Returns the name of a parameter by its number on a board, which counts from 1."""
+        return self.params[last_param - 1] if 0 < last_param <= len(self.params) else ""
+
+
+_NONE = ModelNames("")
+_models: dict[int, ModelNames] = {}
+
+
+def introduce(owner: int, names: ModelNames) -> None:
+    """Has messages call a model, its buckets and its parameters by their names.
+
+    Args:
+        owner: the number of the model.
+        names: the names; another model's, if it has the same number, are replaced.
+    """
+    _models[owner] = names
+
+
+def of(owner: int) -> ModelNames:
+    """Returns the names of a model; empty ones if it is not known here."""
+    return _models.get(owner, _NONE)
+
+
+def weakly(planned: Planned) -> Callable[[], Sequence[Sequence[int]]]:
+    """Returns a function for :attr:`ModelNames.buckets` that does not keep the reducer alive.
+
+    Args:
+        planned: what knows the plan.
+    """
+    alive = weakref.ref(planned)
+
+    def buckets() -> Sequence[Sequence[int]]:
+        reducer = alive()
+        if reducer is None:
+            return ()
+        buckets = reducer.plan().buckets
+        return [[slot.param for slot in bucket.slots] for bucket in buckets]
+
+    return buckets
