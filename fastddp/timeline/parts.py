@@ -87,4 +87,6 @@ def tells_lateness(step: Step) -> bool:
     Args:
         step: the step of one rank.
     """
-    return any(meeting.met is not None for meeting in [*step.meetings, *step.launches])
+    if any(meeting.met is not None for meeting in step.meetings):
+        return True
+    return any(launch.met is not None for launch in step.launches)
