@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 import fastddp
 from fastddp.timeline.chrome import trace_events
@@ -22,6 +24,7 @@ from fastddp.timeline.figures import figure
 from fastddp.timeline.matched import Last, find_last, match, note_launches
 from fastddp.timeline.page import page
 from fastddp.timeline.parts import Part, parts_of, tells_lateness
+from fastddp.timeline.picture import draw
 from fastddp.timeline.report import Report
 from fastddp.timeline.run import make_run, read_run
 from fastddp.timeline.spans import Span, covered, gaps, merged
@@ -483,6 +486,49 @@ def test_a_round_that_did_not_end_is_in_the_trace() -> None:
     )
     names = [(e["name"], e["args"].get("step")) for e in trace_events(report.run) if e["ph"] == "X"]
     assert ("backward", 1) in names
+
+
+# ---- anything at all -----------------------------------------------------------------------------
+
+EVENTS = st.lists(
+    st.tuples(
+        st.one_of(st.integers(1, 60), st.integers(1, 2**62 - 1)),
+        st.sampled_from(list(Kind)),
+        st.sampled_from([0, OWNER, 5]),
+        st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1)),
+        st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1)),
+    ),
+    max_size=80,
+)
+
+
+@hypothesis.given(
+    st.lists(st.tuples(EVENTS, st.booleans(), st.integers(1, 3)), min_size=1, max_size=3),
+    st.integers(0, 2**64 - 1),
+)
+def test_a_report_can_be_made_of_anything(
+    ranks: list[tuple[list[Words], bool, int]], made: int
+) -> None:
+    rings = {}
+    for rank, (recorded, trains, host) in enumerate(ranks):
+        steps = [event for n in range(3) for event in step(n, 1 + 50 * n, launched=[4])]
+        memory = ring(
+            by_time(recorded, steps if trains else []), rank=rank, host=host, made_ns=made
+        )
+        rings[rank] = parse(memory)
+    report = Report.of(make_run(rings))
+    assert len(str(report)) < 20_000
+    json.dumps([report.as_dict(), list(trace_events(report.run))], allow_nan=False)
+    assert "<html" in page(report.run, report.models, None, "why")
+    for together in report.run.steps:
+        for found in together.values():
+            assert min(parts_of(found).values()) >= 0
+
+
+def test_a_step_of_any_length_can_be_drawn() -> None:
+    recorded = [*step(0, 1), *step(1, 2**61 // MS), *step(2, 2**61 // MS + 100)]
+    report = report_of({0: recorded})
+    assert draw(report.run, report.models).startswith(b"\x89PNG")
 
 
 # ---- in a running process ------------------------------------------------------------------------
