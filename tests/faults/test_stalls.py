@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
