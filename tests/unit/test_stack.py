@@ -330,7 +330,7 @@ let_ask()
 run()
 """)
     asked = children.read_asked()
-    answers = [stack.ask(*asked, patience_s=DEADLINE_S) for _ in range(200)]
+    answers = [stack.ask(*asked, patience_s=DEADLINE_S) for _ in range(100)]
     assert all(answers)
     assert asked.lives()
     assert size(asked) < 100_000
