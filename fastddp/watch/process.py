@@ -231,7 +231,7 @@ def _where(pid: int) -> str:
         text = (_PROC / str(pid) / "wchan").read_text().strip()
     except OSError:
         return ""
-    return "" if text == "0" else text
+    return "" if text == "0" else text.partition(".")[0]  # what compilers add says nothing
 
 
 def _returncode(status: int) -> int | None:

@@ -6,7 +6,9 @@ file in memory. A process that asks sends the signal and reads the file through 
 
 The signal goes to the process's main thread, and the handler writes the stack of that one alone:
 its frames stand still meanwhile. Those of other threads may be freed while they are read, which
-ends the process with SIGSEGV: after ten answers where three threads are busy.
+ends the process with SIGSEGV: after ten answers where three threads are busy. A main thread that
+runs may be just entering or leaving a frame; the risk is small, and a thread that sleeps has none,
+so that is the time to ask.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from fastddp.watch.script_call import collective_of_script as collective_of_scri
 
 _FILE = "fastddp stacks"
 _LOOK_S = 0.005
+_CALM_S = 0.25
+"""So long, whoever asks waits for a moment at which the other one's main thread sleeps."""
 _MAX_BYTES = 1 << 20
 
 
@@ -102,7 +106,8 @@ def ask(pid: int, born: int, signal: int, fd: int, *, patience_s: float = 1.0) -
     Returns:
         The innermost 100 frames, innermost first; none if there is no answer.
     """
-    deadline = time.monotonic() + patience_s
+    now = time.monotonic()
+    deadline, calm_until = now + patience_s, now + _CALM_S
     try:
         file = _open_file(pid, fd)
     except OSError:
@@ -110,7 +115,9 @@ def ask(pid: int, born: int, signal: int, fd: int, *, patience_s: float = 1.0) -
     try:
         # First another one's question is answered, or both answers would be one file.
         while _may_ask(pid, born, signal):
-            if not _is_under_way(pid, signal):
+            sleeps = process.state_of(pid, born).kind is not process.Kind.RUNNING
+            calm = sleeps or time.monotonic() > calm_until
+            if calm and not _is_under_way(pid, signal):
                 os.ftruncate(file, 0)
                 return _answer(pid, signal, file, deadline)
             if time.monotonic() > deadline:

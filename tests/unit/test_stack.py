@@ -219,7 +219,7 @@ time.sleep(600)
     go_on.touch()
     again = children.read_asked()
     assert again.fd != asked.fd
-    assert stack.ask(*again, patience_s=DEADLINE_S)[0].file == path
+    assert path in [frame.file for frame in stack.ask(*again, patience_s=DEADLINE_S)]
     assert mine.read_bytes() == b"precious"
 
 
@@ -271,7 +271,7 @@ os.wait()
     assert child.signal == parent.signal
     assert ask_until(child, "child_sleeps")[0].file == path
     assert size(parent) == 0
-    assert stack.ask(*parent, patience_s=DEADLINE_S)[0].function == "<module>"
+    ask_until(parent, "<module>")
 
 
 @linux
@@ -330,7 +330,7 @@ let_ask()
 run()
 """)
     asked = children.read_asked()
-    answers = [stack.ask(*asked, patience_s=DEADLINE_S) for _ in range(200)]
+    answers = [stack.ask(*asked, patience_s=DEADLINE_S) for _ in range(100)]
     assert all(answers)
     assert asked.lives()
     assert size(asked) < 100_000
