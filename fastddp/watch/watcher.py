@@ -48,6 +48,9 @@ _BUSY_FACTOR = 30
 _ASKS_EARLY = 64
 """In groups of at most that many ranks, boards are looked for before anybody waits."""
 
+_ALL_FIND_NS = 5_000_000_000
+"""How long a rank that has found a deadlock waits for the others to find it too."""
+
 _Key = tuple[int, int, int]
 
 
@@ -85,6 +88,8 @@ class Watcher:
         self._kills = out_of_memory_kills()
         self._script: tuple[Any, int, int | None] | None = None  # call, since, place
         self._suspected: frozenset[_Key] = frozenset()
+        self._deadlock = ""  # the text of the error, once it is certain
+        self._deadlock_ns = 0
         signal, fd = let_ask()
         own_board.put(Header.STACK_SIGNAL, signal)
         own_board.put(Header.STACK_FILE, fd)
@@ -106,6 +111,7 @@ class Watcher:
             self._observed_s.clear()
             self._cpu_s.clear()
             self._suspected = frozenset()
+            self._take_back_deadlock()
             return
         view = self._view(watched, mine, now_ns)
         # A process that was suspended, or starved, has not watched for all of that time.
@@ -287,17 +293,36 @@ class Watcher:
     # ---- deadlocks -------------------------------------------------------------------------------
 
     def _end_deadlock(self, view: View) -> None:
+        """Has this process's wait fail if the ranks can never move, at the same time on all ranks.
+
+        The first one to fail would end its process, and so make the others fail for that reason.
+        """
         stuck = deadlock(view, int(1e9 * self._seconds))
         mine = stuck.get(view.me)
         suspected = frozenset(_key(rank, wait) for rank, wait in stuck.items())
-        confirmed = bool(stuck) and suspected == self._suspected
+        is_certain = mine is not None and suspected == self._suspected
         self._suspected = suspected
-        if not confirmed or mine is None or self._mode != "raise":
+        if not is_certain or mine is None or self._mode != "raise":
+            self._take_back_deadlock()
             return
-        view = self._with_stacks(view, stuck.keys())
-        message = text.deadlock_text(stuck, view)
-        if self._board.order_to_fail(mine, message):
+        if not self._deadlock:
+            view = self._with_stacks(view, stuck.keys())
+            self._deadlock = text.deadlock_text(stuck, view)
+            self._deadlock_ns = time.monotonic_ns()
+            self._board.put(Header.DEADLOCK, self._deadlock_ns)
+            return
+        found_ns = [them.deadlock_ns for rank in stuck if (them := view.board(rank)) is not None]
+        if not all(found_ns) and view.now_ns - self._deadlock_ns < _ALL_FIND_NS:
+            return
+        end_ns = min(max(found_ns), view.now_ns) + int(1e9 * self.tick_s)
+        time.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
+        if self._board.order_to_fail(mine, self._deadlock):
             self._told.pop(_key(view.me, mine), None)  # the error says it all
+
+    def _take_back_deadlock(self) -> None:
+        if self._deadlock:
+            self._deadlock = ""
+            self._board.put(Header.DEADLOCK, 0)
 
 
 def _member(group: Watched, index: int, rank: int) -> Member | None:
