@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def engine() -> str | None:
@@ -86,6 +87,12 @@ def stall_seconds() -> float:
     if not 0 < seconds < float("inf"):
         raise ValueError(f"FASTDDP_STALL_SECONDS={text!r} is not a number greater than 0")
     return seconds
+
+
+def trace() -> Path | None:
+    """Returns ``FASTDDP_TRACE``: the folder for files with the ranks' events; None for no files."""
+    value = os.environ.get("FASTDDP_TRACE")
+    return Path(value).absolute() if value else None
 
 
 def side_stream() -> bool:

@@ -65,6 +65,7 @@ HandedCollectives::Work HandedCollectives::start(HandedCall call,
   Request wanted{call.type, call.title, call.results, timeout, async};
   return starter_.start(std::move(wanted), [this, call = std::move(call),
                                             launch = std::move(launch)](shm::Deadline deadline) {
+    const shm::Ending ending(*group_);
     compare(call, deadline);
     Stand stand(!is_reduction(call.kind));  // gloo moves no complex numbers
     const Work work = launch_together(launch, stand, deadline);

@@ -106,6 +106,7 @@ void Starter::announce(shm::Kind kind) {
   count_.fetch_add(1, std::memory_order_relaxed);
   const auto body = [this, kind, label = shm::Label::current()] {
     const shm::Label whose(label);
+    const shm::Ending ending(group_);
     collectives_.announce(kind, 0, deadline_in(connections_.timeout()));
   };
   if (!turns_->idle()) {

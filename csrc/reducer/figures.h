@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/events.h"
 #include "core/plan.h"
 #include "tensor/error_text.h"
 
@@ -39,6 +40,9 @@ struct Stats {
 
 class Figures {
  public:
+  // `owner` is the number of the model.
+  explicit Figures(std::uint32_t owner) : owner_(owner) {}
+
   // ---- at any time, from any thread ----
 
   Stats stats() const;
@@ -58,6 +62,7 @@ class Figures {
     try {
       entry();
     } catch (const std::exception& error) {
+      events::record(events::Kind::kError, owner_);
       set_error(text_of(error));  // the text may take the GIL, so it is made before any lock
       throw;
     }
@@ -83,6 +88,7 @@ class Figures {
     std::string error;
   };
 
+  const std::uint32_t owner_;
   mutable std::mutex mutex_;
   Report report_;
 

@@ -96,6 +96,7 @@ Reducer::Reducer(std::vector<at::Tensor> params,
     : context_(context_of(params, group, lazy, std::move(owner))),
       frozen_(std::move(frozen)),
       order_in_group_(order_of(*group)),
+      figures_(context_.owner.number),
       params_(std::move(params), std::move(names), num_sparse),
       filler_(make_filler(flattens.value_or(!context_.device.is_cpu()), params_, context_.device)),
       launcher_(std::make_shared<AllReduceLauncher>(context_, comm_dtype)),
@@ -318,6 +319,7 @@ void Reducer::abandon_round() noexcept {
   const std::lock_guard lock(mutex_);
   if (phase_.is(Phase::kFinalized)) move_to(Phase::kBetween);
   if (!round_) return;
+  context_.record(events::Kind::kError);
   const c10::NoGradGuard no_grad;
   // Autograd's thread, with no node running, is on the default stream, which nothing orders behind
   // the round before.
@@ -334,6 +336,7 @@ void Reducer::abandon_round() noexcept {
 
 void Reducer::begin_round(Gives gives) {
   phase_.check_move(Phase::kFilling);
+  context_.record(events::Kind::kRoundBegin, static_cast<std::uint64_t>(figures_.now().rounds));
   const bool is_captured = is_capturing(context_.device);
   if (is_captured) {
     check_capture();
@@ -397,6 +400,7 @@ Buckets& Reducer::install(bool is_captured) {
 
 void Reducer::leave_in_flight() {
   const c10::NoGradGuard no_grad;
+  context_.record(events::Kind::kBackwardEnd);
   try {
     figures_.now().backward_us_last = round_->us_since_begin();
     launch_rest(false);
@@ -456,6 +460,7 @@ void Reducer::finish_round(Phase then) {
     RECORD_FUNCTION("fastddp.reducer::finish_round", {});
     const auto start = std::chrono::steady_clock::now();
     if (phase_.is(Phase::kFilling)) {
+      context_.record(events::Kind::kBackwardEnd);
       stats.backward_us_last = round_->us_since_begin();
       launch_rest(true);
     }
@@ -505,6 +510,7 @@ void Reducer::move_to(Phase phase) {
 
 void Reducer::end_round(Phase then) {
   turn_.end();
+  context_.record(events::Kind::kRoundEnd, round_->step());
   round_.reset();
   move_to(then);
   figures_.publish();

@@ -17,10 +17,12 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "core/events.h"
 #include "core/slow_wait.h"
 #include "shm/layout.h"
 #include "shm/process.h"
@@ -108,6 +110,9 @@ class Group {
 
   [[noreturn]] void fail(const std::string& why);
 
+  // Records the end of the current collective, or that it has failed; see Ending.
+  void record_end(bool has_failed) const;
+
   // What this group is called on the board.
   std::uint64_t id() const { return id_; }
   // For a wait in the current collective, in the thread that carries it out.
@@ -130,6 +135,8 @@ class Group {
   void wait_slowly(std::size_t index, Time time);
   void look_around(SlowWait& wait, Time time);
   void find_fault(std::size_t index, Time time);
+  void record(std::uint64_t time, events::Kind kind, std::uint64_t b) const;
+  void record_meeting() const;
   void compare_with(std::size_t index);
   void compare(std::size_t index);
   void check_operand(std::size_t index);
@@ -150,6 +157,20 @@ class Group {
   std::array<Time, kSlots> free_at_{};
   std::atomic<std::uint64_t> count_{0};
   std::atomic<std::uint64_t> operand_{Call::kElsewhere};  // this rank's, in the last collective
+};
+
+// Records the end of the group's current collective when it goes out of scope: made where that
+// begins.
+class Ending {
+ public:
+  explicit Ending(const Group& group) : group_(group) {}
+  ~Ending() { group_.record_end(std::uncaught_exceptions() > exceptions_); }
+  Ending(const Ending&) = delete;
+  Ending& operator=(const Ending&) = delete;
+
+ private:
+  const Group& group_;
+  const int exceptions_ = std::uncaught_exceptions();
 };
 
 }  // namespace fastddp::shm

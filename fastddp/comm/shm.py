@@ -36,7 +36,7 @@ from fastddp.comm.hosts import (
     read_address,
 )
 from fastddp.comm.meeting import Meeting, explained, short
-from fastddp.watch import watcher
+from fastddp.watch import events, watcher
 from fastddp.watch.host import this_host
 
 _GlooOptions = Any  # a timeout, or dist.ProcessGroupGloo._Options, which torch's stubs leave out
@@ -225,6 +225,7 @@ def _connect(peers: _Peers, shared: bool = False) -> Any:
         A ``ShmBackend``, or the gloo backend itself, on all ranks, where no two of them share a
         host or one of them cannot get at another's memory (which is logged).
     """
+    events.start(peers.rank, peers.size)
     inner = peers.inner
     meeting = Meeting(inner, peers.rank, peers.size)
     native, said = _introduce(meeting)

@@ -144,8 +144,8 @@ def _behind_another(rank: int, _size: int) -> str:
         first = dist.all_reduce(torch.ones(8), group=group, async_op=True)
         raised = _raises_in(lambda: dist.barrier(group=group))
         store.set("interrupted", b"")
+        assert first is not None
         with pytest.raises(RuntimeError, match="rank 0 was interrupted"):
-            assert first is not None
             first.wait()
         store.wait(["told"], GROUP_TIMEOUT)
         return raised

@@ -10,6 +10,8 @@ from torch.distributed import Work
 from fastddp.comm.labels import WHOLE
 from fastddp.comm.patience import WayToWait
 from fastddp.engine.weak_group import WeakGroup
+from fastddp.watch import events
+from fastddp.watch.events import Kind
 from fastddp.watch.slow_wait import What
 
 
@@ -41,3 +43,7 @@ class Context:
         """
         label = self.number << 32 | (WHOLE if number is None else number + 1)
         self.way_to_wait(work, What(text, self.group_id, label))
+
+    def record(self, kind: Kind, a: int = 0, b: int = 0) -> None:
+        """Records an event of this model, see :func:`fastddp.watch.events.record`."""
+        events.record(kind, self.number, a, b)

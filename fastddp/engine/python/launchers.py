@@ -15,6 +15,7 @@ from fastddp.comm.loans import without_context
 from fastddp.engine.hooks import BucketRunner, Wait
 from fastddp.engine.python.bucket import Bucket, Form, LooseFlags
 from fastddp.engine.python.context import Context
+from fastddp.watch.events import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,9 @@ class HookLauncher:
         See :class:`fastddp.engine.hooks.HookRunner`.
         """
         for launch in launches:
+            self._context.record(Kind.WAIT_BEGIN, launch.bucket.collective.number)
             launch.wait()
+            self._context.record(Kind.WAIT_END, launch.bucket.collective.number)
         return []
 
     def start_flags(self, flags: LooseFlags) -> Launch:

@@ -38,8 +38,9 @@ from fastddp.engine.python.parameters import Parameter
 from fastddp.engine.python.phase import PHASES, Phase, move
 from fastddp.engine.python.round import Round
 from fastddp.engine.schedule import Schedule
-from fastddp.engine.stats import RoundStats
+from fastddp.engine.stats import Stats
 from fastddp.engine.weak_group import WeakGroup
+from fastddp.watch.events import Kind
 from fastddp.watch.layout import id_of
 from fastddp.watch.model_place import ModelPlace
 
@@ -78,7 +79,7 @@ class PythonReducer:
         self._order_in_group = order_of(group)
         self._order_in_group.introduce(subject.number, subject.title)
         self._turn = Turn(self._order_in_group, id(self))
-        self.figures = Figures()
+        self.figures = Figures(subject.number)
         self._marks = MarkReader(context, self._order_in_group)
         self._agreements = Agreements(context)
         may_launch_late = bool(params) and is_shm(group, device)
@@ -133,6 +134,10 @@ class PythonReducer:
         self._on_news = callback
 
     @property
+    def rounds(self) -> int:
+        return self.figures.stats.rounds
+
+    @property
     def has_left_news(self) -> bool:
         return self._marks.has_left_news
 
@@ -177,7 +182,7 @@ class PythonReducer:
     def error(self) -> str:
         return self.figures.error
 
-    def stats(self) -> RoundStats:
+    def stats(self) -> Stats:
         return self.figures.stats
 
     def plan(self) -> BucketPlan:
@@ -292,6 +297,7 @@ class PythonReducer:
     def _begin_round(self, gives: Gives) -> None:
         refuse_compiled_autograd()  # or gradients get lost without a word
         move(self._phase, Phase.FILLING)  # refused before anything has changed
+        self._context.record(Kind.ROUND_BEGIN, self.rounds)
         is_captured = is_capturing(self._context.device)
         if is_captured:
             self._check_capture()
@@ -319,7 +325,13 @@ class PythonReducer:
             scale=self._launcher.scale(self._divisor),
         )
         self._round = Round(
-            manner, self._parameters, buckets, self._launcher, self._turn, self._context
+            manner,
+            self.rounds,
+            self._parameters,
+            buckets,
+            self._launcher,
+            self._turn,
+            self._context,
         )
         self._move_to(Phase.FILLING)
         self._turn.begin()
@@ -370,6 +382,7 @@ class PythonReducer:
     # ---- a round's end ---------------------------------------------------------------------------
 
     def _leave_in_flight(self, current: Round) -> None:
+        self._context.record(Kind.BACKWARD_END)
         try:
             self._launch_rest(current, waits=False)
         except BaseException:
@@ -385,6 +398,7 @@ class PythonReducer:
         try:
             with profiled("fastddp.reducer::finish_round"):
                 if self._phase is Phase.FILLING:
+                    self._context.record(Kind.BACKWARD_END)
                     self._launch_rest(current, waits=True)
                 current.wait()
             end = time.perf_counter()
@@ -408,6 +422,7 @@ class PythonReducer:
             self.figures.note_unused_here(current.unused_here())
         if manner.gives is not Gives.NOTHING:
             self._agreements.schedule.add(manner.is_early, current.times.us_so_far())
+        self._context.record(Kind.ROUND_END, current.step)
         if self._on_news is not None and (has_changed or current.is_empty()):
             self._on_news(News.CHANGED if has_changed else News.EMPTY)
         if current.fill.error is not None:
@@ -429,6 +444,7 @@ class PythonReducer:
         self._turn.end()
 
     def _abandon_round(self, current: Round) -> None:
+        self._context.record(Kind.ERROR)
         # The backward's own exception is on its way to the user, and says more than an error here.
         # Autograd's thread, with no node running, is on the default stream, which nothing orders
         # behind the round before.
@@ -444,6 +460,7 @@ class PythonReducer:
         """Ends a round that failed. Collectives may write to its buckets; the next has others."""
         self._installation.uninstall([launch.wait for launch in current.launches])
         self._turn.end()
+        self._context.record(Kind.ROUND_END, current.step)
         self._round = None
         self._move_to(then)
 
