@@ -24,7 +24,7 @@ def describe_wait(wait: WaitSeen, board: Snapshot | None) -> str:
     elif wait.source is Source.SCRIPT:
         text = f"the script's own {text}"
     group = names.of_group(wait.group)
-    if group and wait.source is not Source.SCRIPT:
+    if group and wait.bucket is not None:
         text += f" on group '{group}'"
     step = _step(wait, board)
     return f"{text}, step {step}" if step else text

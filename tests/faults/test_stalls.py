@@ -54,7 +54,7 @@ def line_of(function: Callable[..., Any], text: str) -> str:
 def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Returns the lines that the ranks have printed, without those that are not ours."""
     lines = capsys.readouterr().out.splitlines()
-    return [line for line in lines if line.startswith(("fastddp: rank", "  "))]
+    return [line for line in lines if line.startswith(("fastddp: ", "  "))]
 
 
 class Numbers(Dataset[torch.Tensor]):
