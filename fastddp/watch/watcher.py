@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastddp import config
-from fastddp.watch import board, groups, named, text
+from fastddp.watch import board, events, groups, named, text
 from fastddp.watch.board import Board
 from fastddp.watch.clerk import Clerk
 from fastddp.watch.deadlock import deadlock
@@ -277,6 +277,8 @@ class Watcher:
         while next_at_s <= observed_s:
             next_at_s *= 2
         self._told[key] = _Told(stall, next_at_s)
+        if before is None and stall.roots:
+            events.record(events.Kind.STALL_BEGIN, wait.owner, stall.roots[0].rank)
         if not stall.is_debugged and not is_at_breakpoint(mine):
             say(text.stall_lines(stall, view, place_in_script(mine)))
 
@@ -287,8 +289,12 @@ class Watcher:
                 continue
             del self._told[key]
             has_failed = named.failed_ns >= told.stall.wait.since_ns
-            if not told.stall.is_debugged and not has_failed and _may_have_come(told.stall):
-                say([text.end_line(told.stall, (now_ns - told.stall.wait.since_ns) / 1e9)])
+            stall, lasted_ns = told.stall, now_ns - told.stall.wait.since_ns
+            if stall.roots:
+                fault = stall.roots[0].rank
+                events.record(events.Kind.STALL_END, stall.wait.owner, fault, lasted_ns)
+            if not stall.is_debugged and not has_failed and _may_have_come(stall):
+                say([text.end_line(stall, lasted_ns / 1e9)])
 
     # ---- deadlocks -------------------------------------------------------------------------------
 
