@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastddp
 from fastddp.comm import shm
+from fastddp.watch import board
 from tests.conftest import require_native
 from tests.ranks import run_ranks, scratch_folder
 
@@ -289,3 +290,16 @@ def test_a_healthy_run_says_nothing(
 ) -> None:
     run_ranks(_healthy, 2, env=environment(transport, FASTDDP_ENGINE=engine))
     assert told(capsys) == []
+
+
+def _unwatched(rank: int, world_size: int) -> list[str]:
+    _healthy(rank, world_size)
+    assert board.own() is None
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastddp")]
+
+
+def test_nothing_looks_where_that_is_turned_off(transport: str) -> None:
+    env = environment(transport, FASTDDP_STALL="off")
+    for threads in run_ranks(_unwatched, 2, env=env):
+        assert "fastddp watch" not in threads
+        assert "fastddp store" not in threads
