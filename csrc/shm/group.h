@@ -116,9 +116,7 @@ class Group {
   // What this group is called on the board.
   std::uint64_t id() const { return id_; }
   // For a wait in the current collective, in the thread that carries it out.
-  SlowWait::What what() const {
-    return {board::Source::kShm, id_, count(), calls_[me_].label};
-  }
+  SlowWait::What what() const { return {board::Source::kShm, id_, count(), calls_[me_].label}; }
   std::string describe_current() const;
 
   std::string describe(const Call& call) const;

@@ -184,6 +184,14 @@ def dump(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
+def snapshot() -> bytes:
+    """Returns the ring as it is now, see :mod:`fastddp.watch.ring_reader`. From any thread."""
+    start()
+    ring = _ring
+    assert ring is not None
+    return ring.copy()
+
+
 def _host() -> int:
     try:
         host = this_host()
