@@ -109,7 +109,9 @@ def _name(part: Part, model: ModelSummary) -> str:
 def _row(name: str, figure: Figure) -> list[str]:
     trend = ""
     if figure.trend is not None:
-        trend = ("-" if figure.trend < 0 else "+") + _ms(abs(figure.trend))
+        trend = _ms(abs(figure.trend))
+        if trend != "0":
+            trend = ("-" if figure.trend < 0 else "+") + trend
     return [name, _ms(figure.median), _ms(figure.p95), trend]
 
 
