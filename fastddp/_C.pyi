@@ -209,6 +209,7 @@ class ShmBackend(Backend):
         heaps: Sequence[ShmAddress],
         control: ShmAddress,
         timeout_s: float,
+        name: str,
     ) -> None: ...
     def _set_default_timeout(self, timeout: timedelta) -> None: ...
     def set_lanes(self, count: int, ranks: list[int], backend: Backend | None) -> None: ...
@@ -216,3 +217,16 @@ class ShmBackend(Backend):
     def is_idle(self) -> bool: ...
     @property
     def spans_hosts(self) -> bool: ...
+
+def board_layout() -> dict[str, int]:
+    """Returns the numbers of `csrc/core/board.h`, by their names in `fastddp/watch/layout.py`."""
+
+def board_group_id(name: str) -> int: ...
+def use_board(address: int) -> None:
+    """Has this process write to the board at `address` from now on; 0 for none."""
+
+def note_issuer() -> None:
+    """Notes that this thread begins a collective."""
+
+def fail_wait(place: int, since_ns: int, text: str) -> bool:
+    """Orders the wait at a place to fail; False if the wait that began then is over."""

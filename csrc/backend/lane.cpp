@@ -50,8 +50,7 @@ void Lane::await(c10d::Work& work) {
     wait_looking_around(work, [&](std::chrono::nanoseconds lasted) {
       // If another rank here breaks the group, what this waits for may never arrive.
       group_.check_current();
-      if (!slow)
-        slow.emplace(group_.what(), group_.describe_current() + ", between hosts", lasted);
+      if (!slow) slow.emplace(group_.what(), group_.describe_current() + ", between hosts", lasted);
       slow->look();
     });
   } catch (const Interruption&) {

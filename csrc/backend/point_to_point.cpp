@@ -53,9 +53,8 @@ PointToPoint::Work PointToPoint::receive_from_any(Tensors& tensors, int tag) {
   check_received(tensors);
   const std::lock_guard lock(mutex_);
   messages_.take_from_anybody(static_cast<std::uint32_t>(tag));
-  return c10::make_intrusive<HandedWork>(
-      connections_.inner()->recvAnysource(tensors, tag), group_,
-      "recv from any rank with tag " + std::to_string(tag));
+  return c10::make_intrusive<HandedWork>(connections_.inner()->recvAnysource(tensors, tag), group_,
+                                         "recv from any rank with tag " + std::to_string(tag));
 }
 
 // Launches one end of a message unless its size is not that of the other end. Gloo ends the process

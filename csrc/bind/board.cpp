@@ -68,11 +68,12 @@ std::map<std::string, std::size_t> layout() {
 void bind_board(py::module_& m) {
   set_signal_check(&check_signals);
   m.def("board_layout", &layout);
-  m.def("board_group_id", [](const std::string& name) { return board::id_of(name); },
-        py::arg("name"));
-  m.def("use_board",
-        [](std::uintptr_t address) { board::use(reinterpret_cast<void*>(address)); },
-        py::arg("address"));
+  m.def(
+      "board_group_id", [](const std::string& name) { return board::id_of(name); },
+      py::arg("name"));
+  m.def(
+      "use_board", [](std::uintptr_t address) { board::use(reinterpret_cast<void*>(address)); },
+      py::arg("address"));
   m.def("note_issuer", &board::note_issuer);
   m.def("fail_wait", &fail_wait, py::arg("place"), py::arg("since_ns"), py::arg("text"));
 }

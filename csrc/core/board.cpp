@@ -106,16 +106,16 @@ void WaitPlace::write(const std::array<std::uint64_t, kWaitWords>& wait, const s
   if (board == nullptr || place_ == kNativeWaits) return;
   Word* const place = board + kWaitsAt + place_ * kWaitStride;
   const std::uint64_t sequence = place[kSequence].load(kRelaxed) | 1;
-  // A reader that sees any of the words below also sees that the sequence is odd, or has moved on.
   place[kSequence].store(sequence, kRelaxed);
-  std::atomic_thread_fence(std::memory_order_release);
-  for (std::size_t i = kSince; i < kWaitWords; ++i) place[i].store(wait[i], kRelaxed);
+  // Released one by one: who sees any of them also sees that the sequence is odd, or has moved on.
+  for (std::size_t i = kSince; i < kWaitWords; ++i)
+    place[i].store(wait[i], std::memory_order_release);
   std::array<char, kTextBytes> bytes{};
   std::copy_n(text.data(), std::min(text.size(), bytes.size() - 1), bytes.data());
   for (std::size_t i = 0; i < kTextBytes / sizeof(std::uint64_t); ++i) {
     std::uint64_t word = 0;
     std::copy_n(bytes.data() + i * sizeof(word), sizeof(word), reinterpret_cast<char*>(&word));
-    place[kWaitWords + i].store(word, kRelaxed);
+    place[kWaitWords + i].store(word, std::memory_order_release);
   }
   place[kSequence].store(sequence + 1, std::memory_order_release);
 }

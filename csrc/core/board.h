@@ -32,33 +32,33 @@ enum Header : std::size_t {
   kStackFile,
   kMainThread,
   kEnding,
-  kIssuer,    // the kernel's number of the thread that began the latest collective
-  kHandOvers, // how often another thread began one than did before
+  kIssuer,     // the kernel's number of the thread that began the latest collective
+  kHandOvers,  // how often another thread began one than did before
   kHeaderWords = 32,
 };
 
 // Of one model: what its reducer has come to.
 enum Model : std::size_t {
-  kOwner,     // 0 for a place that is not taken
-  kGroup,     // of the reducer's group, see id_of()
-  kPhase,     // core/phase.h
-  kSteps,     // rounds that have ended
-  kLastParam, // the index of the parameter that got a gradient last, plus 1; 0 for none
-  kLaunched,  // collectives that the round under way has launched
-  kChanged,   // when the phase changed, in nanoseconds of CLOCK_MONOTONIC
+  kOwner,      // 0 for a place that is not taken
+  kGroup,      // of the reducer's group, see id_of()
+  kPhase,      // core/phase.h
+  kSteps,      // rounds that have ended
+  kLastParam,  // the index of the parameter that got a gradient last, plus 1; 0 for none
+  kLaunched,   // collectives that the round under way has launched
+  kChanged,    // when the phase changed, in nanoseconds of CLOCK_MONOTONIC
   kModelWords = 8,
 };
 
 // Of one wait.
 enum Wait : std::size_t {
   kSequence,
-  kSince,       // when it began, in nanoseconds of CLOCK_MONOTONIC; 0 for a place that is not taken
-  kWaitGroup,   // see id_of(); 0 for no group
-  kNumber,      // of the collective in its group; 0 where it is not known
-  kLabel,       // shm/label.h
-  kThread,      // the kernel's number of the thread that waits
-  kSource,      // Source
-  kMissing,     // bit i: rank i of the group has not called it, as far as is known; 64 ranks at most
+  kSince,      // when it began, in nanoseconds of CLOCK_MONOTONIC; 0 for a place that is not taken
+  kWaitGroup,  // see id_of(); 0 for no group
+  kNumber,     // of the collective in its group; 0 where it is not known
+  kLabel,      // shm/label.h
+  kThread,     // the kernel's number of the thread that waits
+  kSource,     // Source
+  kMissing,    // bit i: rank i of the group has not called it, as far as is known; 64 ranks at most
   kUnfinished,  // bit i: rank i of the group has called it and has not done its part yet
   kWaitWords = 16,
 };
@@ -77,11 +77,11 @@ constexpr std::size_t kWords = kWaitsAt + kWaits * kWaitStride;
 
 // Who writes a wait, and so what its members are.
 enum class Source : std::uint64_t {
-  kShm = 1,      // a collective in shared memory
-  kBackward,     // a reducer's collective on another transport
-  kNamed,        // a wait that `fastddp/comm/waiting.py` names
-  kOwnThread,    // a collective that another thread of this process carries out
-  kScript,       // a collective of the script's own, as the watcher finds it in the stack
+  kShm = 1,    // a collective in shared memory
+  kBackward,   // a reducer's collective on another transport
+  kNamed,      // a wait that `fastddp/comm/waiting.py` names
+  kOwnThread,  // a collective that another thread of this process carries out
+  kScript,     // a collective of the script's own, as the watcher finds it in the stack
 };
 
 // Returns a number for a group's name, the same in every process and both languages: 64-bit FNV-1a

@@ -64,8 +64,8 @@ class SlowWait {
   std::array<std::uint64_t, board::kWaitWords> words_{};
 };
 
-// Orders the wait at a place of the board to throw WaitFailed at its next look-around. Returns false
-// if the wait that began at `since_ns` is over.
+// Orders the wait at a place of the board to throw WaitFailed at its next look-around. Returns
+// false if the wait that began at `since_ns` is over.
 bool fail_wait(std::size_t place, std::uint64_t since_ns, const std::string& text);
 
 }  // namespace fastddp

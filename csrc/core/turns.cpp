@@ -53,8 +53,8 @@ void Turns::await_turn() {
 // Has nothing run when that turn comes: those behind it wait for it to end.
 void Turns::give_up(std::uint64_t turn) {
   ensure_a_free_thread();
-  const auto behind = std::find_if(queue_.begin(), queue_.end(),
-                                   [&](const Job& job) { return job.turn > turn; });
+  const auto behind =
+      std::find_if(queue_.begin(), queue_.end(), [&](const Job& job) { return job.turn > turn; });
   queue_.insert(behind, {turn, [] {}, std::make_shared<Outcome>()});
   changed_.notify_all();
 }

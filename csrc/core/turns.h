@@ -27,8 +27,8 @@ class Turns : public std::enable_shared_from_this<Turns> {
  public:
   using Body = std::function<void()>;
 
-  // Runs `body` now, after all that was launched before. Throws what it throws. Throws what a signal
-  // handler of the script raises before its turn comes; then it does not run.
+  // Runs `body` now, after all that was launched before. Throws what it throws. Throws what a
+  // signal handler of the script raises before its turn comes; then it does not run.
   void run(const Body& body);
 
   // Has `body` run in the other thread. What it holds, and the outcome, are kept until it has ended

@@ -34,8 +34,7 @@ void Group::wait_slowly(std::size_t index, Time time) {
     find_fault(index, time);
     // A clock wakes its sleepers whenever it advances: what comes soon stays off the board.
     if (!slow && steady_clock::now() - begin < kLookAround) continue;
-    if (!slow)
-      slow.emplace(what(), describe_current(), steady_clock::now() - begin);
+    if (!slow) slow.emplace(what(), describe_current(), steady_clock::now() - begin);
     look_around(*slow, time);
   }
 }

@@ -60,7 +60,8 @@ def name_of(group: ProcessGroup) -> str:
 def watch(group: ProcessGroup) -> None:
     """Has the watcher look at the waits for a group's ranks. Not collective.
 
-    The first call for a group takes one ``set`` in the group's store; the others cost nothing.
+    The first call for a group takes one ``set`` in the group's store; the others cost nothing. The
+    default group is watched too.
 
     Args:
         group: the ranks that communicate; one that torch's registry does not know is not watched.
@@ -68,6 +69,9 @@ def watch(group: ProcessGroup) -> None:
     if group in _watched:
         return
     _watched.add(group)
+    world = dist.group.WORLD  # a script may wait in it while other ranks wait in this group
+    if world is not None:
+        watch(world)
     name, store = name_of(group), store_of(group)
     if not name or store is None:
         return

@@ -165,7 +165,7 @@ class Board:
     def order_to_fail(self, wait: WaitSeen, text: str) -> bool:
         """Orders a wait of this process to fail; returns whether the order was taken.
 
-        Who waits looks for orders a few times per second, if it can: a wait inside of another
+        Who waits looks for orders several times per second, if it can: a wait inside of another
         library cannot.
 
         Args:

@@ -8,7 +8,7 @@ from fastddp.watch.snapshot import Snapshot, WaitSeen
 
 
 def describe_wait(wait: WaitSeen, board: Snapshot | None) -> str:
-    """Returns text for a wait, such as ``the all-reduce of bucket 0 of model 'Net' (a, b), step 6``.
+    """Returns text such as ``the all-reduce of bucket 1 of model 'Net' (a.weight), step 6``.
 
     Args:
         wait: the wait, as it stands on the board.

@@ -58,6 +58,8 @@ def own(thread_ident: int | None = None) -> list[Frame]:
     ident = threading.main_thread().ident if thread_ident is None else thread_ident
     # Frames keep their locals alive, so none of them is kept for longer than this loop.
     frame = None if ident is None else sys._current_frames().get(ident)
+    if frame is not None and ident == threading.get_ident():
+        frame = frame.f_back  # the caller
     frames: list[Frame] = []
     while frame is not None and len(frames) < _MAX_FRAMES:
         code = frame.f_code
@@ -83,6 +85,19 @@ def place_in_script(frames: Sequence[Frame]) -> Frame | None:
             if does(frame.file):
                 return frame
     return frames[0] if frames else None
+
+
+def caller_in_script(frames: Sequence[Frame]) -> Frame | None:
+    """Returns the place in the user's script from which :func:`place_in_script` was called.
+
+    Args:
+        frames: the stack, innermost first.
+
+    Returns:
+        The next frame of the script outside of that place, or None.
+    """
+    in_script = [frame for frame in frames if _is_script(frame.file)]
+    return in_script[1] if len(in_script) > 1 else None
 
 
 def is_at_breakpoint(frames: Sequence[Frame]) -> bool:

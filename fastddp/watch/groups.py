@@ -71,6 +71,8 @@ class Watched:
             if not hasattr(store, "clone"):
                 return store
             client = store.clone()
+            if client is store:  # it has no connection that could be blocked
+                return store
             client.set_timeout(_STORE_TIMEOUT)
             self._client = client
         return self._client
@@ -78,8 +80,8 @@ class Watched:
     @property
     def has_strangers(self) -> bool:
         """Whether the boards of some ranks cannot be read here, or are not known to be readable."""
-        here = sum(address.host == own_host() for address in self.addresses.values())
-        return here < len(self.ranks)
+        readable = sum(is_here(address) for address in self.addresses.values())
+        return readable < len(self.ranks)
 
     def write_note(self) -> None:
         """Writes this rank's note. For the clerk alone."""
@@ -165,6 +167,11 @@ def own_host() -> str:
         with contextlib.suppress(OSError):
             _host = this_host()
     return _host
+
+
+def is_here(address: Address) -> bool:
+    """Returns whether a board can be read by the processes of this host."""
+    return address.host == own_host() and address.fd >= 0
 
 
 def peer(address: Address) -> Peer:

@@ -25,25 +25,35 @@ def waits_of(board: Snapshot | None) -> tuple[WaitSeen, ...]:
     """Returns what a process waits in, one wait for each thread, the longest first.
 
     A wait that is named contains another one if the collective is in shared memory: they count as
-    one, which has the words of the inner one and the name. A wait for a thread of the process's own
-    is left out where that thread waits for other ranks itself.
+    one, which has the words of the inner one and the name. So does a wait for another thread of the
+    process's own, and what that thread waits in.
     """
     if board is None:
         return ()
     by_thread: dict[int, list[WaitSeen]] = {}
     for wait in board.waits:
         by_thread.setdefault(wait.thread, []).append(wait)
-    merged = [_merged(waits) for waits in by_thread.values()]
-    others = [wait for wait in merged if wait.source is not Source.OWN_THREAD]
-    return tuple(sorted(others or merged, key=lambda wait: wait.since_ns))
+    for_own: list[WaitSeen] = []
+    others: list[list[WaitSeen]] = []
+    for waits in by_thread.values():
+        if any(wait.source is Source.OWN_THREAD for wait in waits):
+            for_own += waits
+        else:
+            others.append(waits)
+    if for_own and others:
+        oldest = min(others, key=lambda waits: waits[0].since_ns)
+        oldest += [wait for wait in for_own if wait.source is Source.NAMED]
+    elif for_own:
+        others = [for_own]
+    return tuple(sorted(map(_merged, others), key=lambda wait: wait.since_ns))
 
 
 def _merged(waits: list[WaitSeen]) -> WaitSeen:
     inner = min(waits, key=lambda wait: _KNOWS[wait.source])
     named = next((wait for wait in waits if wait.source is Source.NAMED), inner)
-    if inner.source is Source.OWN_THREAD and named is not inner:
+    if inner.source is Source.OWN_THREAD:
         return named
-    return replace(inner, text=named.text) if inner.owner == 0 or inner.bucket is None else inner
+    return replace(inner, text=named.text) if inner.bucket is None else inner
 
 
 def are_one(a: WaitSeen, b: WaitSeen) -> bool:

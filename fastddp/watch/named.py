@@ -1,4 +1,4 @@
-"""Waits that fastddp names, whatever carries them out; see :class:`fastddp.comm.waiting.waiting`."""
+"""Waits that :class:`fastddp.comm.waiting.waiting` names, whatever carries them out."""
 
 from __future__ import annotations
 
@@ -29,3 +29,6 @@ class NamedWait:
 
 waits: dict[int, NamedWait] = {}
 """Those that are under way, by ``id``. A thread that waits takes no lock."""
+
+failed_ns = 0
+"""When the latest of them that has failed did so."""

@@ -28,14 +28,19 @@ class ModelNames:
     """Returns the indices of the parameters in each bucket; may be called by any thread."""
 
     def in_bucket(self, bucket: int) -> str:
-        """Returns text such as ``a.weight, a.bias and 4 more``; empty if nothing is known."""
+        """Returns text such as ``a.weight, a.bias and 4 more``; empty if nothing is known.
+
+        Args:
+            bucket: the number of the bucket, from 1 on; the numbers after those of buckets are for
+                other collectives of the round.
+        """
         try:
             plan = self.buckets()
         except (RuntimeError, AttributeError):  # the reducer is being closed
             return ""
-        if bucket >= len(plan):
+        if not 1 <= bucket <= len(plan):
             return ""
-        names = [self.params[index] for index in plan[bucket] if index < len(self.params)]
+        names = [self.params[index] for index in plan[bucket - 1] if index < len(self.params)]
         rest = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
         return ", ".join(names[:_MAX_NAMED]) + rest
 

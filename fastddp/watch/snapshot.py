@@ -54,7 +54,7 @@ class WaitSeen:
 
     @property
     def bucket(self) -> int | None:
-        """The number of the bucket that it belongs to; None for no bucket."""
+        """The number of the bucket that it belongs to, from 1 on; None for no bucket."""
         what = self.label & 0xFFFFFFFF
         return None if self.owner == 0 or what == WHOLE else what
 

@@ -4,9 +4,9 @@ A process lets others ask for its stack: it registers a handler of Python's faul
 signal. The handler is C code that takes no lock and allocates nothing, and writes the stack into a
 file in memory. A process that asks sends the signal and reads the file through ``/proc``.
 
-The handler writes the stack of the main thread, which is the one that the signal goes to, and no
-other: its frames stand still meanwhile, while those of a running thread may be freed under the
-handler's eyes. faulthandler moreover stops after 100 threads, and the main thread comes last.
+The signal goes to the process's main thread, and the handler writes the stack of that one alone:
+its frames stand still meanwhile. Those of other threads may be freed while they are read, which
+ends the process with SIGSEGV: after ten answers where three threads are busy.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class _Answering:
 
     def works(self) -> bool:
         """Whether the script has left us the signal and the file."""
-        return self._has_signal() and self._has_file()
+        catches = process.catches(os.getpid(), self.signal)
+        return catches and self._has_signal() and self._has_file()
 
     def stop(self) -> None:
         """Gives the signal and the file back, but nothing that is the script's by now."""
@@ -85,9 +86,7 @@ def let_ask() -> tuple[int, int]:
         return (_answering.signal, _answering.fd) if _answering else (0, 0)
 
 
-def ask(
-    pid: int, born: int, signal: int, fd: int, main_thread: int, patience_s: float = 1.0
-) -> list[Frame]:
+def ask(pid: int, born: int, signal: int, fd: int, *, patience_s: float = 1.0) -> list[Frame]:
     """Asks another process for the stack of its main thread. Works in any thread; not collective.
 
     System calls that the signal interrupts are restarted; those that never are, such as poll(2),
@@ -113,7 +112,7 @@ def ask(
         while _may_ask(pid, born, signal):
             if not _is_under_way(pid, signal):
                 os.ftruncate(file, 0)
-                return _answer(pid, signal, file, main_thread, deadline)
+                return _answer(pid, signal, file, deadline)
             if time.monotonic() > deadline:
                 break
             time.sleep(_LOOK_S)
@@ -132,11 +131,8 @@ def _begin() -> _Answering | None:
         fd = _new_file()
     except OSError:
         return None
-    # Where Python was started by a thread of another program, the signal's thread is not the main
-    # one of Python. Then all are written, with the risk.
-    everyone = threading.main_thread().native_id != os.getpid()
     try:
-        faulthandler.register(signal, file=fd, all_threads=everyone, chain=False)
+        faulthandler.register(signal, file=fd, all_threads=False, chain=False)
     except (OSError, RuntimeError):
         os.close(fd)
         return None
@@ -229,7 +225,7 @@ def _is_under_way(pid: int, signal: int) -> bool:
     return any(process.has_signal(status, name, signal) for name in ("SigPnd", "SigBlk"))
 
 
-def _answer(pid: int, signal: int, file: int, main_thread: int, deadline: float) -> list[Frame]:
+def _answer(pid: int, signal: int, file: int, deadline: float) -> list[Frame]:
     """Sends the signal and reads the stack from the file."""
     # To the main thread: kill(2) may choose another one.
     tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
@@ -240,34 +236,30 @@ def _answer(pid: int, signal: int, file: int, main_thread: int, deadline: float)
         if time.monotonic() > deadline:
             break
         time.sleep(_LOOK_S)
-    text = os.pread(file, _MAX_BYTES, 0).decode("ascii", errors="replace")
-    return parse(text, main_thread)
+    return parse(os.pread(file, _MAX_BYTES, 0).decode("ascii", errors="replace"))
 
 
-_THREAD = re.compile(r"(?:Stack|(?:Current thread|Thread) 0x(?P<ident>[0-9a-f]+)).*:$")
-_FRAME = re.compile(r'  File (?:"(?P<file>.*)"|\?\?\?), line (?P<line>\d+|\?\?\?) in (?P<name>.*)$')
+_BEGIN = "Stack (most recent call first):\n"
+_FRAME = re.compile(
+    r'^  File (?:"(?P<file>.*)"|\?\?\?), line (?P<line>\d+|\?\?\?) in (?P<name>.*)\n', re.MULTILINE
+)
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})|\\U([0-9a-f]{8})")
 
 
-def parse(text: str, main_thread: int) -> list[Frame]:
-    """Reads the last stack of the main thread from what faulthandler has written.
+def parse(text: str) -> list[Frame]:
+    """Reads the last stack that faulthandler has written.
 
     Args:
         text: what it has written, perhaps several times, perhaps in part.
-        main_thread: the main thread's ``ident``, where it has written all threads.
 
     Returns:
         The stack, innermost first; empty if it is not there.
     """
-    frames: list[Frame] = []
-    is_main = False
-    for line in text.splitlines():
-        if thread := _THREAD.match(line):
-            is_main = thread["ident"] is None or int(thread["ident"], 16) == main_thread
-            frames = [] if is_main else frames
-        elif is_main and (found := _FRAME.match(line)):
-            number = int(found["line"]) if found["line"].isdigit() else 0
-            frames.append(Frame(_unescape(found["file"] or "?"), number, _unescape(found["name"])))
+    _, _, stack = text.rpartition(_BEGIN)
+    frames = []
+    for found in _FRAME.finditer(stack):
+        number = int(found["line"]) if found["line"].isdigit() else 0
+        frames.append(Frame(_unescape(found["file"] or "?"), number, _unescape(found["name"])))
     return frames
 
 

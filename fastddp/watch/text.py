@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fastddp.watch import names
 from fastddp.watch.describe import describe_wait
-from fastddp.watch.frames import Frame, place_in_script
-from fastddp.watch.layout import Source
+from fastddp.watch.frames import Frame, caller_in_script, place_in_script
 from fastddp.watch.meeting_points import waits_of
+from fastddp.watch.reasons import likely, why_apart
 from fastddp.watch.snapshot import FILLING, WaitSeen
 from fastddp.watch.stall import Absence, Cause, Stall
 from fastddp.watch.view import Facts, Member, View
@@ -32,7 +32,9 @@ def stall_lines(stall: Stall, view: View, mine: Frame | None) -> list[str]:
     if stall.together:
         lines.append(f"  waiting too: {ranks_text(stall.together)}")
     lines += _about_absences(stall.absences)
-    lines += _likely(stall, view)
+    reason = likely(stall, view, mine)
+    if reason:
+        lines.append(f"  likely: {reason}")
     return lines
 
 
@@ -45,7 +47,7 @@ def end_line(stall: Stall, lasted_s: float) -> str:
     """
     last = [absence.rank for absence in stall.roots or stall.absences]
     came = f"; {ranks_text(last)} came last" if last else ""
-    return f"fastddp: rank {stall.rank} goes on after {_seconds(lasted_s)} of waiting{came}"
+    return f"fastddp: the wait of rank {stall.rank} is over after {_seconds(lasted_s)}{came}"
 
 
 def deadlock_text(stuck: Mapping[int, WaitSeen], view: View) -> str:
@@ -63,9 +65,10 @@ def deadlock_text(stuck: Mapping[int, WaitSeen], view: View) -> str:
         f"{ranks_text(ranks)} {'wait' if len(ranks) > 1 else 'waits'} in {what}"
         for what, ranks in by_text.items()
     )
+    reason, next_step = why_apart(stuck, view, {})
     return (
-        "the ranks wait for each other in different collectives, and none of them can go on:"
-        f" {sides}. {_why_different(stuck, view)} FASTDDP_STALL=warn leaves them waiting"
+        "the ranks wait for each other in different collectives, and none of them can ever go on:"
+        f" {sides}. Likely {reason}; next: {next_step}"
     )
 
 
@@ -92,7 +95,14 @@ def _about_absences(absences: Sequence[Absence]) -> Iterator[str]:
             rest = [rank for more in list(alike.values())[count:] for rank in more]
             yield f"  not there either: {ranks_text(rest)}"
             return
-        yield f"  {ranks_text(ranks)} {'have' if len(ranks) > 1 else 'has'} not come: {text}"
+        if len(ranks) > 1:
+            yield f"  {ranks_text(ranks)} have not come: {_of_each(text)}"
+        else:
+            yield f"  {ranks_text(ranks)} has not come: {text}"
+
+
+def _of_each(text: str) -> str:
+    return f"each {text.removeprefix('it ')}" if text.startswith("it ") else text
 
 
 def _about(absence: Absence) -> str:
@@ -169,154 +179,27 @@ def _at(place: Frame | None) -> str:
 
 
 def _at_with_caller(facts: Facts) -> str:
-    """Returns the place in the script, and the one that it was called from if that is another file.
-
-    The place of a data loader is in the code of the data set; what the reader looks for is the loop.
-    """
+    """Returns the place in the script, and the one in the script that it was called from."""
     place = _place(facts)
     if place is None:
         return ""
     text = f", at {place}"
-    outer = place_in_script(facts.frames[::-1])
-    if outer is not None and (outer.file, outer.function) != (place.file, place.function):
-        text += f", called from {outer}"
-    return text
+    caller = caller_in_script(facts.frames)
+    return f"{text}, called from {caller}" if caller is not None else text
 
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
-# ---- why, and what to do -------------------------------------------------------------------------
+# ---- what a wait that fails by itself says -------------------------------------------------------
 
 
-def _likely(stall: Stall, view: View) -> Iterator[str]:
-    roots = stall.roots
-    if not roots:
-        if any(absence.waits is not None for absence in stall.absences):
-            stuck = {stall.rank: stall.wait} | {a.rank: a.waits for a in stall.absences if a.waits}
-            yield f"  likely: {_why_different(stuck, view)}"
-        return
-    first = roots[0]
-    reason, next_step = _REASONS[first.cause]
-    if first.cause is Cause.SLEEPS and _is_filling(first.member):
-        reason, next_step = _REASONS_IN_BACKWARD
-    left = _has_left_loop(stall, first, view)
-    if first.cause in (Cause.EXITING, Cause.SLEEPS) and left:
-        reason, next_step = left, _JOIN
-    yield f"  likely: {reason.format(rank=first.rank)}; next: {next_step}"
-
-
-_JOIN = (
-    "give every rank as many batches, or wrap the loop in `with model.join():` for uneven inputs"
-)
-_REASONS_IN_BACKWARD = (
-    "rank {rank} is stuck in its backward",
-    "look at that line of the script, or at the hook or function that backward has called",
-)
-_REASONS: dict[Cause, tuple[str, str]] = {
-    Cause.DEAD: (
-        "rank {rank} has died",
-        "look at the end of its output; the others' collective fails soon",
-    ),
-    Cause.OUT_OF_MEMORY: (
-        "rank {rank} was killed because memory ran out",
-        "use smaller batches, fewer ranks or fewer data loader workers",
-    ),
-    Cause.STOPPED: (
-        "rank {rank} was stopped from outside",
-        "continue it with `kill -CONT`, or `fg`",
-    ),
-    Cause.DEBUGGED: ("somebody debugs rank {rank}", "let it go on"),
-    Cause.EXITING: (
-        "rank {rank} has ended its script, the others have not",
-        "look whether it had fewer batches, or has left early",
-    ),
-    Cause.INTERRUPTED: ("rank {rank} was interrupted", "end the other ranks too"),
-    Cause.ELSEWHERE: (
-        "the ranks take different branches",
-        "have all ranks call the same collectives in the same order",
-    ),
-    Cause.BUSY: (
-        "rank {rank} has more work than the others: it compiles, evaluates or prepares data",
-        "nothing, if that is meant; else give all ranks equal work",
-    ),
-    Cause.HOLDS_GIL: (
-        "a library call on rank {rank} does not return and keeps Python's other threads from"
-        " running",
-        "look at the call in that line",
-    ),
-    Cause.INPUT: (
-        "the input of rank {rank} is slow",
-        "look at its data set and storage; more `num_workers`, or a longer `prefetch_factor`, hide"
-        " pauses",
-    ),
-    Cause.SLEEPS: (
-        "rank {rank} waits for something that is not a collective: a lock, a file, the network, a"
-        " sleep",
-        "look at that line of the script",
-    ),
-    Cause.NOT_SEEN: (
-        "rank {rank} is slow, or does not call the same collectives",
-        "look at its output; do all ranks call this?",
-    ),
-}
-
-
-def _is_filling(member: Member) -> bool:
-    return member.board is not None and any(m.phase == FILLING for m in member.board.models)
-
-
-def _has_left_loop(stall: Stall, absence: Absence, view: View) -> str:
-    """Returns the reason if a rank's model has done as many steps, and will do no more."""
-    model, theirs = (
-        board.model(stall.wait.owner) if board is not None else None
-        for board in (view.board(stall.rank), absence.member.board)
-    )
-    if model is None or theirs is None or theirs.phase == FILLING:
-        return ""
-    if absence.cause is Cause.EXITING:
-        return (
-            "rank {rank} left the training loop"
-            + f" after step {theirs.steps}: it has fewer batches"
-        )
-    return ""
-
-
-def _why_different(stuck: Mapping[int, WaitSeen], view: View) -> str:
-    """Returns a sentence on how ranks come into different collectives, and what to do."""
-    in_backward = {r: w for r, w in stuck.items() if w.bucket is not None}
-    in_script = {r: w for r, w in stuck.items() if w.source is Source.SCRIPT}
-    owners = {wait.owner for wait in in_backward.values()}
-    if in_backward and in_script:
-        there, here = min(in_script), min(in_backward)
-        done = _steps_done(view, there, in_backward[here].owner)
-        after = f" after step {done}" if done is not None else ""
-        return (
-            f"Rank {there} has gone on to {in_script[there].text}{after}, which rank {here} has not"
-            f" reached: rank {there} left the training loop early because it has fewer batches"
-            " (see `join` for uneven inputs), skipped a backward, or is alone in calling that."
-        )
-    if len(owners) > 1:
-        return (
-            "The ranks run the backwards of different models: have all ranks take the same"
-            " branches, in the same order."
-        )
-    return "Have all ranks call the same collectives, in the same order, on all groups."
-
-
-def _steps_done(view: View, rank: int, owner: int) -> int | None:
-    board = view.board(rank)
-    model = board.model(owner) if board is not None else None
-    return model.steps if model is not None else None
-
-
-def missing_text(view: View, wait: WaitSeen, absent: Sequence[int]) -> str:
+def missing_text(view: View, absent: Sequence[int]) -> str:
     """Returns who is missing in a wait that has failed, for the text of the error.
 
     Args:
         view: what is known of the ranks.
-        wait: what this rank waits in.
         absent: the ranks that have not come.
     """
     parts, unknown = [], []

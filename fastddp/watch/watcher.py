@@ -7,6 +7,7 @@ of the other ranks are read; after ``FASTDDP_STALL_SECONDS`` it is told who is m
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ from fastddp.watch.board import Board
 from fastddp.watch.clerk import Clerk
 from fastddp.watch.deadlock import deadlock
 from fastddp.watch.describe import describe_wait
-from fastddp.watch.frames import is_at_breakpoint, own, place_in_script
+from fastddp.watch.frames import Frame, is_at_breakpoint, own, place_in_script
 from fastddp.watch.groups import Watched
 from fastddp.watch.layout import Header, Source, id_of
 from fastddp.watch.meeting_points import absent_from, reached_from, waits_of
@@ -46,7 +47,6 @@ _BUSY_FACTOR = 30
 """Of ranks that compute, the others tell only after that many times the seconds."""
 _ASKS_EARLY = 64
 """In groups of at most that many ranks, boards are looked for before anybody waits."""
-_PATIENCE_S = 1.0
 
 _Key = tuple[int, int, int]
 
@@ -114,6 +114,10 @@ class Watcher:
         self._tell_stalls(view, waits)
         self._end_deadlock(view)
 
+    def end(self) -> None:
+        """Tells what there is left to tell, when the process is about to end."""
+        self._tell_ends(self._board.read(), time.monotonic_ns())
+
     # ---- what Python writes on the board ---------------------------------------------------------
 
     def _show_named(self, now_ns: int) -> None:
@@ -178,9 +182,11 @@ class Watcher:
             lasted_s = (view.now_ns - wait.since_ns) / 1e9
             if wait.group is None or lasted_s < self._patience(_ASK_AFTER_S):
                 continue
-            seen = next((w for w in waits_of(view.board(view.me)) if w.thread == wait.thread), None)
+            mine = waits_of(view.board(view.me))
+            # Where another thread of this process carries it out, the wait is that thread's.
+            seen = next((w for w in mine if wait.thread == w.thread or wait.call == w.text), None)
             if seen is not None:
-                wait.absent = text.missing_text(view, seen, absent_from(view, view.me, seen))
+                wait.absent = text.missing_text(view, absent_from(view, view.me, seen))
 
     # ---- what is known ---------------------------------------------------------------------------
 
@@ -189,10 +195,12 @@ class Watcher:
         members = {mine.rank: Member(mine.rank, mine, Facts(State(Kind.RUNNING)))}
         for group in watched:
             for index, rank in enumerate(group.ranks):
-                if rank not in members and rank != mine.rank:
-                    member = _member(group, index, rank)
-                    if member is not None:
-                        members[rank] = member
+                known = members.get(rank)
+                if rank == mine.rank or (known is not None and (known.board or known.note)):
+                    continue
+                member = _member(group, index, rank)
+                if member is not None:
+                    members[rank] = member
         return View(mine.rank, now_ns, {group.id: group.ranks for group in watched}, members)
 
     def _observe(self, view: View, waits: Sequence[WaitSeen], lasted_s: float) -> None:
@@ -229,18 +237,7 @@ class Watcher:
             if member is None or member.board is None or member.facts is None:
                 continue
             them = member.board
-            frames = (
-                own()
-                if rank == view.me
-                else ask(
-                    them.pid,
-                    them.born,
-                    them.stack_signal,
-                    them.stack_file,
-                    them.main_thread,
-                    _PATIENCE_S,
-                )
-            )
+            frames = own() if rank == view.me else _stack_of(them)
             workers = tuple(state for _, state in loader_workers(them.pid))
             facts = replace(member.facts, frames=tuple(frames), workers=workers)
             members[rank] = replace(member, facts=facts)
@@ -255,7 +252,7 @@ class Watcher:
             told = self._told.get(key)
             if observed_s < (told.next_at_s if told is not None else self._seconds):
                 continue
-            if not speaks(view, int(1e9 * self._seconds)):
+            if wait.group not in view.groups or not speaks(view, int(1e9 * self._seconds)):
                 continue
             self._tell(view, wait, key, observed_s)
             return  # the other waits of this process are told of at later ticks, if they last
@@ -283,7 +280,8 @@ class Watcher:
             if any(_key(key[0], wait) == key for wait in waits):
                 continue
             del self._told[key]
-            if not told.stall.is_debugged and _may_have_come(told.stall):
+            has_failed = named.failed_ns >= told.stall.wait.since_ns
+            if not told.stall.is_debugged and not has_failed and _may_have_come(told.stall):
                 say([text.end_line(told.stall, (now_ns - told.stall.wait.since_ns) / 1e9)])
 
     # ---- deadlocks -------------------------------------------------------------------------------
@@ -307,10 +305,15 @@ def _member(group: Watched, index: int, rank: int) -> Member | None:
     note = group.notes.others.get(index, "")
     if address is None:
         return Member(rank, note=note) if note else None
-    if address.host != groups.own_host():
+    if not groups.is_here(address):
         return Member(rank, note=note, is_here=False)
     seen = groups.peer(address).read()
     return Member(rank, seen, Facts(state_of(address.pid, address.born)), note)
+
+
+def _stack_of(them: Snapshot) -> list[Frame]:
+    signal, fd = them.stack_signal, them.stack_file
+    return ask(them.pid, them.born, signal, fd) if signal else []
 
 
 def _may_have_come(stall: Stall) -> bool:
@@ -362,6 +365,8 @@ class _Thread:
                 watcher.look()
             except Exception:  # whatever it is, the training must not suffer from being watched
                 _log.debug("a look at the other ranks has failed", exc_info=True)
+        with contextlib.suppress(Exception):
+            watcher.end()
 
 
 _thread = _Thread()
@@ -402,6 +407,8 @@ def end(wait: NamedWait, failed: bool) -> None:
         failed: whether it has raised.
     """
     named.waits.pop(id(wait), None)
+    if failed:
+        named.failed_ns = time.monotonic_ns()
     own_board = board.own()
     if wait.place is not None and own_board is not None:
         place, wait.place = wait.place, None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import fastddp
 from fastddp.comm.objects import gather_if_different
-from fastddp.comm.waiting import waiting
+from fastddp.watch.notes import Notes
 from tests.models import Ladder, ladder_x, mean_x
 from tests.parity.checks import assert_ladder
 from tests.ranks import init_group, run_ranks, scratch_folder
@@ -102,11 +102,14 @@ def _hostile(rank: int, world_size: int) -> dict[str, str]:
         attack("not what was announced", call, b"[]", None, bytes(32))
 
     # A note in the store that is none.
+    store = dist.group.WORLD.get_group_store()
     if rank == 1:
-        dist.group.WORLD.get_group_store().set("fastddp waits/1", b"\xff\n" * 10_000)
+        store.set("fastddp waits/1", b"\xff\n" * 10_000)
     dist.barrier()
     if rank == 0:
-        said["a note"] = "; ".join(waiting(dist.group.WORLD, "a call")._ask())
+        notes = Notes(0)
+        notes.read(store, range(2))
+        said["a note"] = "; ".join(f"rank {r} waits in {note}" for r, note in notes.others.items())
 
     model = fastddp.wrap(Ladder())  # the group is as good as before
     model(ladder_x(rank, 0, world_size)).backward()

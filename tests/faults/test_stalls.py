@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 import fastddp
 from fastddp.comm import shm
 from tests.conftest import require_native
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, scratch_folder
 
 SECONDS = {"FASTDDP_STALL_SECONDS": "1"}
 TRANSPORTS = ["shm", "gloo"]
@@ -66,7 +69,7 @@ class Numbers(Dataset[torch.Tensor]):
         return torch.ones(4)
 
 
-def train(rank: int, before_step: Callable[[int], None] = lambda step: None) -> None:
+def train(rank: int, before_step: Callable[[int], object] = int) -> None:
     model = fastddp.wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step, x in enumerate(DataLoader(Numbers(rank), batch_size=1)):
@@ -75,6 +78,7 @@ def train(rank: int, before_step: Callable[[int], None] = lambda step: None) -> 
         model(x).sum().backward()
         optimizer.step()
     dist.barrier()
+    time.sleep(1.0)  # several looks
 
 
 # ---- slow input ----------------------------------------------------------------------------------
@@ -85,23 +89,100 @@ def _slow_input(rank: int, world_size: int) -> None:
 
 
 def test_slow_input_is_told_and_so_is_its_end(
-    transport: str, engine: str, capsys: pytest.CaptureFixture[str]
+    transport: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    env = environment(transport, FASTDDP_ENGINE=engine)
-    run_ranks(_slow_input, 2, env=env)
+    run_ranks(_slow_input, 2, env=environment(transport))
     lines = told(capsys)
     step = SLOW_STEP + 1
     assert re.match(
-        rf"fastddp: rank 0 has waited for 1\.\d s in the all-reduce of bucket 0 of model"
+        rf"fastddp: rank 0 has waited for 1\.\d s in the all-reduce of bucket 1 of model"
         rf" 'Sequential' .*\(.*weight.*\), step {step}, at {line_of(train, 'backward()')}",
         lines[0],
     ), lines
     assert re.match(
         rf"  rank 1 has not come: .*, at {line_of(Numbers.__getitem__, 'time.sleep')},"
-        rf" called from \S*test_stalls.py:\d+ in ",
+        rf" called from"
+        rf" {line_of(train, 'for step')}",
         lines[1],
     ), lines
     assert lines[2].startswith("  likely: the input of rank 1 is slow; next: "), lines
     assert re.match(
-        r"fastddp: rank 0 goes on after [345]\.\d s of waiting; rank 1 came last", lines[-1]
+        r"fastddp: the wait of rank 0 is over after [3456]\.\d s; rank 1 came last", lines[-1]
     ), lines
+
+
+# ---- stopped -------------------------------------------------------------------------------------
+
+
+def _stopped(rank: int, world_size: int) -> None:
+    pids: list[Any] = [None, None]
+    dist.all_gather_object(pids, os.getpid())
+
+    def before_step(step: int) -> None:
+        if step == SLOW_STEP and rank == 0:
+            os.kill(pids[1], signal.SIGSTOP)
+            threading.Timer(PAUSE_S, os.kill, (pids[1], signal.SIGCONT)).start()
+
+    train(rank, before_step)
+
+
+def test_a_stopped_rank_is_told(transport: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_ranks(_stopped, 2, env=environment(transport))
+    lines = told(capsys)
+    assert re.match(r"fastddp: rank 0 has waited for 1\.\d s in ", lines[0]), lines
+    assert lines[1].startswith("  rank 1 has not come: stopped by a signal"), lines
+    assert lines[2].startswith("  likely: rank 1 was stopped from outside; next: "), lines
+    assert re.match(r"fastddp: the wait of rank 0 is over after .*; rank 1 came last", lines[-1]), (
+        lines
+    )
+
+
+# ---- different collectives -----------------------------------------------------------------------
+
+
+def _leaves_early(rank: int, world_size: int) -> list[str]:
+    """Rank 1 has fewer batches, and goes on to a barrier of the script's own."""
+    model = fastddp.wrap(nn.Linear(4, 2))
+    said = scratch_folder() / "what rank 0 raised"
+    try:
+        for step in range(STEPS):
+            if rank == 1 and step == SLOW_STEP:
+                break
+            model(torch.ones(1, 4)).sum().backward()
+        dist.barrier()
+    except RuntimeError as error:
+        if rank == 0:
+            said.write_text(str(error))
+            os._exit(1)  # as a script does that does not catch it
+        return [said.read_text(), str(error)]
+    return []
+
+
+def test_a_deadlock_is_an_error(transport: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, errors = run_ranks(_leaves_early, 2, env=environment(transport), expect_dead=[0])
+    both = (
+        rf"rank 0 waits in the all-reduce of bucket 1 of .*step {SLOW_STEP + 1}, at"
+        rf" {line_of(_leaves_early, 'backward()')}; rank 1 waits in the script's own barrier on"
+        rf" group '0', at {line_of(_leaves_early, 'dist.barrier')}\. Likely rank 1 left the"
+        rf" training loop after step {SLOW_STEP}: it has fewer batches; next: "
+    )
+    assert re.search(both, errors[0]), errors
+    assert len(errors) == 2, "the barrier of rank 1 ends when rank 0 does"
+
+
+# ---- healthy -------------------------------------------------------------------------------------
+
+
+def _healthy(rank: int, world_size: int) -> None:
+    model = fastddp.wrap(nn.Linear(4, 2))
+    for step in range(40):
+        time.sleep(0.02 if step % 2 == rank else 0.0)
+        model(torch.ones(1, 4)).sum().backward()
+    dist.barrier()
+
+
+def test_a_healthy_run_says_nothing(
+    transport: str, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(_healthy, 2, env=environment(transport, FASTDDP_ENGINE=engine))
+    assert told(capsys) == []

@@ -1,9 +1,11 @@
-"""Boards, made by hand: what ranks would say of themselves in situations that are hard to bring about."""
+"""Boards, made by hand: what ranks say of themselves in situations that are rare."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from fastddp.watch.frames import Frame
 from fastddp.watch.layout import Ending, Source, id_of
@@ -20,7 +22,7 @@ NET = 7
 STATE = {kind: State(kind, "hrtimer_nanosleep" if kind is Kind.SLEEPING else "") for kind in Kind}
 AT_LOADER = (
     Frame("/home/me/loader.py", 12, "__getitem__"),
-    Frame("/x/torch/utils/data/dataloader.py", 700, "__next__"),
+    Frame(torch.utils.data.dataloader.__file__, 700, "__next__"),
     Frame("/home/me/train.py", 28, "main"),
 )
 AT_LINE = (Frame("/home/me/train.py", 40, "main"),)
