@@ -47,6 +47,11 @@ class State:
     """Of a zombie, if the kernel tells: its exit code, or a signal's number, negative."""
 
     @property
+    def runs(self) -> bool:
+        """Whether the process can do something: it is neither stopped nor dead."""
+        return self.kind in (Kind.RUNNING, Kind.SLEEPING, Kind.DISK)
+
+    @property
     def text(self) -> str:
         """Describes the state in words that follow "it is"."""
         if self.returncode is None:

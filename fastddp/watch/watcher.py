@@ -20,7 +20,7 @@ from fastddp import config
 from fastddp.watch import board, events, groups, named, text
 from fastddp.watch.board import Board
 from fastddp.watch.clerk import Clerk
-from fastddp.watch.deadlock import deadlock
+from fastddp.watch.deadlock import FRESH_NS, deadlock
 from fastddp.watch.describe import describe_wait
 from fastddp.watch.frames import Frame, is_at_breakpoint, own, place_in_script
 from fastddp.watch.groups import Watched
@@ -32,7 +32,7 @@ from fastddp.watch.process import Kind, State, cpu_s_of_tree, loader_workers, st
 from fastddp.watch.say import say
 from fastddp.watch.script_call import collective_of_script
 from fastddp.watch.snapshot import Snapshot, WaitSeen
-from fastddp.watch.stack import ask, let_ask
+from fastddp.watch.stack import answer, ask, let_ask
 from fastddp.watch.stall import Cause, Stall, judge, speaks
 from fastddp.watch.view import Facts, Member, View
 
@@ -41,6 +41,8 @@ _log = logging.getLogger("fastddp")
 _MAX_TICK_S, _MIN_TICK_S = 1.0, 0.05
 _TICKS_PER_STALL = 5
 _NOTE_AFTER_S = 1.0
+_PATIENCE_S = 1.5
+"""For the answer of a watcher that looks once per second."""
 _SCRIPT_AFTER_S = 1.0
 _ASK_AFTER_S = 2.0  # by then all who wait have left their notes
 _BUSY_FACTOR = 30
@@ -100,6 +102,7 @@ class Watcher:
         lasted_s = (now_ns - self._looked_ns) / 1e9
         self._looked_ns = now_ns
         self._board.put(Header.SEEN, now_ns)
+        answer()
         self._show_named(now_ns)
         self._show_script(now_ns)
         mine = self._board.read()
@@ -344,7 +347,10 @@ def _member(group: Watched, index: int, rank: int) -> Member | None:
 
 def _stack_of(them: Snapshot) -> list[Frame]:
     signal, fd = them.stack_signal, them.stack_file
-    return ask(them.pid, them.born, signal, fd) if signal else []
+    if not signal:
+        return []
+    watched = time.monotonic_ns() - them.seen_ns <= FRESH_NS
+    return ask(them.pid, them.born, signal, fd, watched=watched, patience_s=_PATIENCE_S)
 
 
 def _may_have_come(stall: Stall) -> bool:

@@ -98,6 +98,36 @@ while True:
     assert place.file == path
 
 
+ANSWERS = """
+import time
+from threading import Thread
+from fastddp.watch import stack
+def answer_now_and_then():
+    while True:
+        stack.answer()
+        time.sleep(0.05)
+Thread(target=answer_now_and_then, daemon=True).start()
+"""
+
+
+@linux
+def test_a_thread_of_the_process_answers_first(children: Forks) -> None:
+    children.start(ANSWERS + SLEEPS)
+    asked = children.read_asked()
+    frames = ask_until(asked, "slumber")
+    assert stack.ask(*asked, watched=True, patience_s=DEADLINE_S) == frames
+    # Without the signal, which the other way needs.
+    assert stack.ask(*asked._replace(signal=0), watched=True, patience_s=DEADLINE_S) == frames
+
+
+@linux
+def test_a_thread_that_does_not_answer_is_not_needed(children: Forks) -> None:
+    children.start(SLEEPS)
+    asked = children.read_asked()
+    frames = ask_until(asked, "slumber")
+    assert stack.ask(*asked, watched=True, patience_s=0.2) == frames
+
+
 @linux
 def test_a_process_that_is_stopped(children: Forks) -> None:
     children.start(SLEEPS)
