@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastddp import config
@@ -48,6 +49,8 @@ _BUSY_FACTOR = 30
 _ASKS_EARLY = 64
 """In groups of at most that many ranks, boards are looked for before anybody waits."""
 
+_ANSWER_EVERY_S = 5.0
+_MAX_STRANGERS = 16
 _ALL_FIND_NS = 5_000_000_000
 """How long a rank that has found a deadlock waits for the others to find it too."""
 
@@ -116,6 +119,7 @@ class Watcher:
         view = self._view(watched, mine, now_ns)
         # A process that was suspended, or starved, has not watched for all of that time.
         self._observe(view, waits, min(lasted_s, 2 * self.tick_s))
+        self._ask_strangers(watched, view)
         self._name_absent(view)
         self._tell_stalls(view, waits)
         self._end_deadlock(view)
@@ -179,8 +183,35 @@ class Watcher:
                         note = describe_wait(wait, mine)
                 if note:
                     self._clerk.ask(f"notes {group.name}", group.read_notes)
+            period_s = min(_ANSWER_EVERY_S, self._seconds / 2) * (1 + len(group.ranks) // _ASKS_EARLY)
+            if group.spans_hosts and now_ns - group.looked_for_questions_ns > 1e9 * period_s:
+                group.looked_for_questions_ns = now_ns
+                self._clerk.ask(f"answer {group.name}", partial(group.answer, self._about_me))
             if group.notes.want(note):
                 self._clerk.ask(f"note {group.name}", group.write_note)
+
+    def _about_me(self) -> str:
+        return text.answer_text(self._board.read(), own())
+
+    def _ask_strangers(self, watched: Sequence[Watched], view: View) -> None:
+        """Asks the ranks of other hosts that are missing what they do instead."""
+        for group in watched:
+            if not group.spans_hosts:
+                continue
+            absent = {
+                rank
+                for wait in waits_of(view.board(view.me))
+                if wait.group == group.id
+                and self._observed_s[_key(view.me, wait)] >= self._seconds / 2
+                for rank in absent_from(view, view.me, wait)
+            }
+            strangers = [
+                index
+                for index, rank in enumerate(group.ranks)
+                if rank in absent and view.board(rank) is None
+            ][:_MAX_STRANGERS]
+            if strangers:
+                self._clerk.ask(f"ask {group.name}", partial(group.ask, strangers))
 
     def _name_absent(self, view: View) -> None:
         """Has named waits know who is missing, for the error that may end them."""
@@ -334,10 +365,11 @@ class Watcher:
 def _member(group: Watched, index: int, rank: int) -> Member | None:
     address = group.addresses.get(rank)
     note = group.notes.others.get(index, "")
+    answer = group.questions.answers.get(index, "")
     if address is None:
         return Member(rank, note=note) if note else None
     if not groups.is_here(address):
-        return Member(rank, note=note, is_here=False)
+        return Member(rank, note=note, answer=answer, is_here=False)
     seen = groups.peer(address).read()
     return Member(rank, seen, Facts(state_of(address.pid, address.born)), note)
 

@@ -128,7 +128,7 @@ CASES: dict[str, tuple[Rank, str, str]] = {
     ),
     "another host": (
         Rank(has_board=False, is_here=False),
-        "it is on another host, and in nothing that fastddp knows of",
+        "it is on another host, and has not answered what it does",
         "rank 1 is slow, or does not call the same collectives",
     ),
     "a note of another host": (
