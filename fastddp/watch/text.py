@@ -206,23 +206,23 @@ def _seconds(seconds: float) -> str:
 # ---- what a wait that fails by itself says -------------------------------------------------------
 
 
-def missing_text(view: View, absent: Sequence[int]) -> str:
+def where(view: View, rank: int) -> str:
+    """Returns what a rank waits in, as far as is known; empty if it does not wait."""
+    member = view.members.get(rank)
+    waits = waits_of(member.board) if member is not None else ()
+    if waits:
+        return describe_wait(waits[0], view.board(rank))
+    return member.note if member is not None else ""
+
+
+def missing_text(elsewhere: Mapping[int, str]) -> str:
     """Returns who is missing in a wait that has failed, for the text of the error.
 
     Args:
-        view: what is known of the ranks.
-        absent: the ranks that have not come.
+        elsewhere: the ranks that have not come, with what they wait in; empty for nothing.
     """
-    parts, unknown = [], []
-    for rank in absent:
-        member = view.members.get(rank)
-        waits = waits_of(member.board) if member is not None else ()
-        note = member.note if member is not None else ""
-        if waits or note:
-            what = describe_wait(waits[0], view.board(rank)) if waits else note
-            parts.append(f"rank {rank} waits in {what}")
-        else:
-            unknown.append(rank)
+    parts = [f"rank {rank} waits in {what}" for rank, what in elsewhere.items() if what]
+    unknown = [rank for rank, what in elsewhere.items() if not what]
     if unknown:
         parts.append(f"{ranks_text(unknown)} not there yet; do all ranks call it?")
     return "; ".join(parts)

@@ -26,7 +26,7 @@ from fastddp.watch.describe import describe_wait
 from fastddp.watch.frames import Frame, is_at_breakpoint, own, place_in_script
 from fastddp.watch.groups import Watched
 from fastddp.watch.layout import Header, Source, id_of
-from fastddp.watch.meeting_points import absent_from, reached_from, waits_of
+from fastddp.watch.meeting_points import absent_from, reached_from, together_with, waits_of
 from fastddp.watch.named import NamedWait
 from fastddp.watch.out_of_memory import out_of_memory_kills
 from fastddp.watch.process import Kind, State, cpu_s_of_tree, loader_workers, state_of
@@ -43,6 +43,7 @@ _MAX_TICK_S, _MIN_TICK_S = 1.0, 0.05
 _TICKS_PER_STALL = 5
 _NOTE_AFTER_S = 1.0
 _SCRIPT_AFTER_S = 1.0
+_REMEMBER_S = 2.5
 _ASK_AFTER_S = 2.0  # by then all who wait have left their notes
 _BUSY_FACTOR = 30
 """Of ranks that compute, the others tell only after that many times the seconds."""
@@ -183,7 +184,9 @@ class Watcher:
                         note = describe_wait(wait, mine)
                 if note:
                     self._clerk.ask(f"notes {group.name}", group.read_notes)
-            period_s = min(_ANSWER_EVERY_S, self._seconds / 2) * (1 + len(group.ranks) // _ASKS_EARLY)
+            period_s = min(_ANSWER_EVERY_S, self._seconds / 2) * (
+                1 + len(group.ranks) // _ASKS_EARLY
+            )
             if group.spans_hosts and now_ns - group.looked_for_questions_ns > 1e9 * period_s:
                 group.looked_for_questions_ns = now_ns
                 self._clerk.ask(f"answer {group.name}", partial(group.answer, self._about_me))
@@ -214,16 +217,28 @@ class Watcher:
                 self._clerk.ask(f"ask {group.name}", partial(group.ask, strangers))
 
     def _name_absent(self, view: View) -> None:
-        """Has named waits know who is missing, for the error that may end them."""
+        """Has named waits know who is missing, for the error that may end them.
+
+        Other ranks may fail a moment before this one, so what was seen of them counts for a while.
+        """
+        mine = waits_of(view.board(view.me))
         for wait in list(named.waits.values()):
             lasted_s = (view.now_ns - wait.since_ns) / 1e9
-            if wait.group is None or lasted_s < self._patience(_ASK_AFTER_S):
-                continue
-            mine = waits_of(view.board(view.me))
             # Where another thread of this process carries it out, the wait is that thread's.
             seen = next((w for w in mine if wait.thread == w.thread or wait.call == w.text), None)
-            if seen is not None:
-                wait.absent = text.missing_text(view, absent_from(view, view.me, seen))
+            if wait.group is None or seen is None or lasted_s < self._patience(_ASK_AFTER_S):
+                continue
+            wait.came.update(together_with(view, view.me, seen))
+            absent = [rank for rank in absent_from(view, view.me, seen) if rank not in wait.came]
+            for rank in absent:
+                if what := text.where(view, rank):
+                    wait.elsewhere[rank] = view.now_ns, what
+            known = {
+                rank: what
+                for rank, (when_ns, what) in wait.elsewhere.items()
+                if view.now_ns - when_ns < 1e9 * _REMEMBER_S
+            }
+            wait.absent = text.missing_text({rank: known.get(rank, "") for rank in absent})
 
     # ---- what is known ---------------------------------------------------------------------------
 
