@@ -25,10 +25,11 @@ from fastddp.timeline.matched import Last, find_last, match, note_launches
 from fastddp.timeline.page import page
 from fastddp.timeline.parts import Part, parts_of, tells_lateness
 from fastddp.timeline.picture import draw
+from fastddp.timeline.recording import Recording, Step
 from fastddp.timeline.report import Report
 from fastddp.timeline.run import make_run, read_run
 from fastddp.timeline.spans import Span, covered, gaps, merged
-from fastddp.timeline.steps import Recording, Step, read_steps
+from fastddp.timeline.steps import read_steps
 from fastddp.watch import events
 from fastddp.watch.events import Kind
 from fastddp.watch.ring_reader import parse
