@@ -15,11 +15,13 @@ WORTH_NAMING = 0.01
 def what_could_be_saved(model: ModelSummary, world_size: int | None) -> list[str]:
     """Returns a sentence with bounds for what faster communication could save, and even ranks.
 
+    From some of the ranks only nothing follows: the others may wait longer.
+
     Args:
         model: the summary of a model.
         world_size: the number of ranks that there are; None if it is not known.
     """
-    if world_size == 1:
+    if world_size == 1 or len(model.ranks) != world_size:
         return []
 
     def most(part: Part) -> str:
@@ -27,10 +29,10 @@ def what_could_be_saved(model: ModelSummary, world_size: int | None) -> list[str
         share = max(waits, default=0.0) / (model.average.step.median or 1.0)
         return f"{in_ms(max(waits, default=0.0))} ms ({100 * share:.1f} %)"
 
-    text = f"A step would be at most {most(Part.TRANSFER)} shorter if communication took no time"
-    if model.tells_lateness:
-        text += f", and at most {most(Part.LATE)} if no rank was late"
-    return [text + "."]
+    return [
+        f"A step would be at most {most(Part.TRANSFER)} shorter if communication took no time, and"
+        f" at most {most(Part.LATE)} if no rank was late."
+    ]
 
 
 def who_was_last(model: ModelSummary, world_size: int | None) -> list[str]:
