@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from fastddp.comm.groups import timeout_of, watch
+from fastddp.comm.groups import name_of, timeout_of, watch
 from fastddp.comm.labels import introduce
 from fastddp.ddp.model import Model
 from fastddp.ddp.options import Options
@@ -85,7 +85,7 @@ class Attachment:
         settings = Settings(options.caps_bytes, options.comm_dtype, options.lazy_buckets)
         self.reducer = make_reducer(choose(options.engine), subject, transport, settings)
         watch(group)
-        introduce(model.owner, subject.names, self.reducer)
+        introduce(model.owner, name_of(group), subject.names, self.reducer)
         self._delayed: DelayedReducer | None = None
         if options.delay is not None:
             self._delayed = DelayedReducer(options.delay, model.module, group)

@@ -27,7 +27,7 @@ class Clerk:
 
         Args:
             name: the name of the errand.
-            errand: the call; what it raises for a store that fails is dropped.
+            errand: the call to make; what it raises for a store that fails is dropped.
         """
         if name in self._waiting:
             return

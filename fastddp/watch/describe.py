@@ -14,13 +14,15 @@ def describe_wait(wait: WaitSeen, board: Snapshot | None) -> str:
         wait: the wait, as it stands on the board.
         board: the board of the rank that waits.
     """
-    model = names.of(wait.owner)
+    model = names.of(wait.owner, wait.group)
     title = model.title or "a model"
     text = wait.text or "a collective"
     if wait.bucket is not None:
         inside = model.in_bucket(wait.bucket)
         text = f"the all-reduce of bucket {wait.bucket} of {title}"
         text += f" ({inside})" if inside else ""
+        group = names.of_group(wait.group)
+        text += f" on group '{group}'" if group else ""
     elif wait.source is Source.SCRIPT:
         text = f"the script's own {text}"
     step = _step(wait, board)
@@ -29,5 +31,5 @@ def describe_wait(wait: WaitSeen, board: Snapshot | None) -> str:
 
 def _step(wait: WaitSeen, board: Snapshot | None) -> int:
     """Returns the number of the step that a wait is in, from 1 on; 0 if it is not known."""
-    model = board.model(wait.owner) if board is not None and wait.owner else None
+    model = board.model(wait.owner, wait.group) if board is not None and wait.owner else None
     return model.steps + 1 if model is not None else 0

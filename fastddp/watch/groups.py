@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from fastddp.watch import board
+from fastddp.watch import board, names
 from fastddp.watch.host import this_host
 from fastddp.watch.layout import Header, id_of
 from fastddp.watch.notes import Notes
@@ -138,6 +138,7 @@ def watch_group(name: str, ranks: Sequence[int], index: int, store: Any) -> bool
     except (RuntimeError, OSError):
         return False
     _groups[name] = group
+    names.introduce_group(group.id, name)
     return True
 
 

@@ -50,6 +50,8 @@ class Header(IntEnum):
     """The kernel's number of the thread that began the latest collective."""
     HAND_OVERS = 10
     """How often another thread began a collective than did before: 0 for one thread only."""
+    DEADLOCK = 11
+    """When the process found itself in a deadlock for certain; 0 if it has not."""
 
 
 class Ending(IntEnum):

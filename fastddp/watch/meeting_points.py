@@ -74,7 +74,7 @@ def absent_from(view: View, rank: int, wait: WaitSeen) -> tuple[int, ...]:
     Args:
         view: what is known of the ranks.
         rank: the rank that waits, in the default group.
-        wait: the wait; its own words say who is missing, else the boards of the others do.
+        wait: what the rank waits in. It says who is missing, else the boards of the others do.
     """
     ranks = view.groups.get(wait.group, ())
     bits = wait.missing | wait.unfinished

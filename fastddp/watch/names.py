@@ -50,22 +50,46 @@ class ModelNames:
 
 
 _NONE = ModelNames("")
-_models: dict[int, ModelNames] = {}
+_models: dict[tuple[int, int], ModelNames] = {}
+_groups: dict[int, str] = {}
+_DEFAULT_GROUP = "0"
 
 
-def introduce(owner: int, names: ModelNames) -> None:
+def introduce(owner: int, group: int, names: ModelNames) -> None:
     """Has messages call a model, its buckets and its parameters by their names.
 
     Args:
         owner: the number of the model.
-        names: the names; another model's, if it has the same number, are replaced.
+        group: the number of its group on boards.
+        names: the names of the model; another model's, if it has the same number, are replaced.
     """
-    _models[owner] = names
+    _models[owner, group] = names
 
 
-def of(owner: int) -> ModelNames:
-    """Returns the names of a model; empty ones if it is not known here."""
-    return _models.get(owner, _NONE)
+def of(owner: int, group: int) -> ModelNames:
+    """Returns the names of a model; empty ones if it is not known here.
+
+    Args:
+        owner: the number of the model.
+        group: the number of its group on boards.
+    """
+    return _models.get((owner, group), _NONE)
+
+
+def introduce_group(group: int, name: str) -> None:
+    """Has messages call a group by its name.
+
+    Args:
+        group: the number of the group on boards.
+        name: the name of the group.
+    """
+    _groups[group] = name
+
+
+def of_group(group: int) -> str:
+    """Returns the name of a group; empty for the default group, and if it is not known here."""
+    name = _groups.get(group, "")
+    return "" if name == _DEFAULT_GROUP else name
 
 
 def weakly(planned: Planned) -> Callable[[], Sequence[Sequence[int]]]:

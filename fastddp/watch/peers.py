@@ -47,7 +47,7 @@ class Peer:
     """The board of another process. Opened at the first reading, and readable after its death.
 
     Args:
-        address: where the board is.
+        address: the place of the board.
     """
 
     def __init__(self, address: Address) -> None:

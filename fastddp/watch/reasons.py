@@ -80,7 +80,7 @@ def likely(stall: Stall, view: View, mine: Frame | None) -> str:
     reason, next_step = _REASONS[first.cause]
     if first.cause is Cause.SLEEPS and _is_in_backward(first):
         reason = "rank {rank} is stuck in its backward"
-    done = steps_done(view, first.rank, stall.wait.owner)
+    done = steps_done(view, first.rank, stall.wait)
     if first.cause is Cause.EXITING and done is not None:
         reason = f"rank {{rank}} left the training loop after step {done}: it has fewer batches"
         next_step = _UNEVEN
@@ -100,7 +100,7 @@ def why_apart(
     in_backward = {rank: wait for rank, wait in stuck.items() if wait.bucket is not None}
     others = {rank: wait for rank, wait in stuck.items() if wait.bucket is None}
     if not in_backward or not others:
-        if len({wait.owner for wait in in_backward.values()}) > 1:
+        if len({(wait.owner, wait.group) for wait in in_backward.values()}) > 1:
             return (
                 "the ranks run backwards of different models",
                 "have all ranks take the same branches, in the same order",
@@ -108,7 +108,7 @@ def why_apart(
         return _REASONS[Cause.ELSEWHERE]
     here, there = min(in_backward), min(others)
     wait = others[there]
-    done = steps_done(view, there, in_backward[here].owner)
+    done = steps_done(view, there, in_backward[here])
     after = f" after step {done}" if done is not None else ""
     if wait.text.endswith("before forward"):
         return (
@@ -132,10 +132,10 @@ def why_apart(
     )
 
 
-def steps_done(view: View, rank: int, owner: int) -> int | None:
-    """Returns how many steps a model of a rank has done; None if that is not known."""
+def steps_done(view: View, rank: int, wait: WaitSeen) -> int | None:
+    """Returns how many steps a rank has done of the model of a wait; None if it is not known."""
     board = view.board(rank)
-    model = board.model(owner) if board is not None and owner else None
+    model = board.model(wait.owner, wait.group) if board is not None and wait.owner else None
     return model.steps if model is not None else None
 
 

@@ -86,12 +86,18 @@ class Snapshot:
     ending: Ending = Ending.NO
     issuer: int = 0
     hand_overs: int = 0
+    deadlock_ns: int = 0
     models: tuple[ModelSeen, ...] = ()
     waits: tuple[WaitSeen, ...] = ()
 
-    def model(self, owner: int) -> ModelSeen | None:
-        """Returns what is known of the model with a number; None if it is not on the board."""
-        return next((model for model in self.models if model.owner == owner), None)
+    def model(self, owner: int, group: int) -> ModelSeen | None:
+        """Returns what is known of a model; None if it is not on the board.
+
+        Args:
+            owner: the number of the model.
+            group: the number of its group: models of different groups may have equal numbers.
+        """
+        return next((m for m in self.models if (m.owner, m.group) == (owner, group)), None)
 
 
 def parse(first: bytes, second: bytes) -> Snapshot | None:
@@ -125,6 +131,7 @@ def parse(first: bytes, second: bytes) -> Snapshot | None:
         ending=Ending(ending) if ending in Ending.__members__.values() else Ending.NO,
         issuer=header[Header.ISSUER],
         hand_overs=header[Header.HAND_OVERS],
+        deadlock_ns=header[Header.DEADLOCK],
         models=tuple(m for i in range(MODELS) if (m := _model(second, i)) is not None),
         waits=tuple(w for i in range(WAITS) if (w := _wait(first, second, i)) is not None),
     )

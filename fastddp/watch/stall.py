@@ -137,7 +137,8 @@ def cause_of(member: Member, now_ns: int) -> Cause:
         return Cause.NOT_SEEN
     if is_at_breakpoint(facts.frames):
         return Cause.DEBUGGED
-    if facts.cpu_share >= BUSY_SHARE:
+    # Of a process that competes with others for the cores, the share may be small.
+    if facts.cpu_share >= BUSY_SHARE or facts.state.kind is Kind.RUNNING:
         return Cause.BUSY
     if now_ns - board.seen_ns > FRESH_NS:
         return Cause.HOLDS_GIL

@@ -153,7 +153,7 @@ def _progress(member: Member) -> Iterator[str]:
         return
     filling = [model for model in board.models if model.phase == FILLING]
     for model in filling[:1]:
-        name = names.of(model.owner).param(model.last_param)
+        name = names.of(model.owner, model.group).param(model.last_param)
         arrived = f", last gradient: {name}" if name else ", no gradient yet"
         yield f"in the backward of step {model.steps + 1}{arrived}"
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastddp import config
-from fastddp.watch import board, groups, named, text
+from fastddp.watch import board, events, groups, named, text
 from fastddp.watch.board import Board
 from fastddp.watch.clerk import Clerk
-from fastddp.watch.deadlock import deadlock
+from fastddp.watch.deadlock import FRESH_NS, deadlock
 from fastddp.watch.describe import describe_wait
 from fastddp.watch.frames import Frame, is_at_breakpoint, own, place_in_script
 from fastddp.watch.groups import Watched
@@ -32,7 +32,7 @@ from fastddp.watch.process import Kind, State, cpu_s_of_tree, loader_workers, st
 from fastddp.watch.say import say
 from fastddp.watch.script_call import collective_of_script
 from fastddp.watch.snapshot import Snapshot, WaitSeen
-from fastddp.watch.stack import ask, let_ask
+from fastddp.watch.stack import answer, ask, let_ask
 from fastddp.watch.stall import Cause, Stall, judge, speaks
 from fastddp.watch.view import Facts, Member, View
 
@@ -41,12 +41,17 @@ _log = logging.getLogger("fastddp")
 _MAX_TICK_S, _MIN_TICK_S = 1.0, 0.05
 _TICKS_PER_STALL = 5
 _NOTE_AFTER_S = 1.0
+_PATIENCE_S = 1.5
+"""For the answer of a watcher that looks once per second."""
 _SCRIPT_AFTER_S = 1.0
 _ASK_AFTER_S = 2.0  # by then all who wait have left their notes
 _BUSY_FACTOR = 30
 """Of ranks that compute, the others tell only after that many times the seconds."""
 _ASKS_EARLY = 64
 """In groups of at most that many ranks, boards are looked for before anybody waits."""
+
+_ALL_FIND_NS = 5_000_000_000
+"""How long a rank that has found a deadlock waits for the others to find it too."""
 
 _Key = tuple[int, int, int]
 
@@ -85,6 +90,8 @@ class Watcher:
         self._kills = out_of_memory_kills()
         self._script: tuple[Any, int, int | None] | None = None  # call, since, place
         self._suspected: frozenset[_Key] = frozenset()
+        self._deadlock = ""  # the text of the error, once it is certain
+        self._deadlock_ns = 0
         signal, fd = let_ask()
         own_board.put(Header.STACK_SIGNAL, signal)
         own_board.put(Header.STACK_FILE, fd)
@@ -95,6 +102,7 @@ class Watcher:
         lasted_s = (now_ns - self._looked_ns) / 1e9
         self._looked_ns = now_ns
         self._board.put(Header.SEEN, now_ns)
+        answer()
         self._show_named(now_ns)
         self._show_script(now_ns)
         mine = self._board.read()
@@ -106,6 +114,7 @@ class Watcher:
             self._observed_s.clear()
             self._cpu_s.clear()
             self._suspected = frozenset()
+            self._take_back_deadlock()
             return
         view = self._view(watched, mine, now_ns)
         # A process that was suspended, or starved, has not watched for all of that time.
@@ -271,6 +280,8 @@ class Watcher:
         while next_at_s <= observed_s:
             next_at_s *= 2
         self._told[key] = _Told(stall, next_at_s)
+        if before is None and stall.roots:
+            events.record(events.Kind.STALL_BEGIN, wait.owner, stall.roots[0].rank)
         if not stall.is_debugged and not is_at_breakpoint(mine):
             say(text.stall_lines(stall, view, place_in_script(mine)))
 
@@ -281,23 +292,46 @@ class Watcher:
                 continue
             del self._told[key]
             has_failed = named.failed_ns >= told.stall.wait.since_ns
-            if not told.stall.is_debugged and not has_failed and _may_have_come(told.stall):
-                say([text.end_line(told.stall, (now_ns - told.stall.wait.since_ns) / 1e9)])
+            stall, lasted_ns = told.stall, now_ns - told.stall.wait.since_ns
+            if stall.roots:
+                fault = stall.roots[0].rank
+                events.record(events.Kind.STALL_END, stall.wait.owner, fault, lasted_ns)
+            if not stall.is_debugged and not has_failed and _may_have_come(stall):
+                say([text.end_line(stall, lasted_ns / 1e9)])
 
     # ---- deadlocks -------------------------------------------------------------------------------
 
     def _end_deadlock(self, view: View) -> None:
+        """Has this process's wait fail if the ranks can never move, at the same time on all ranks.
+
+        The first one to fail would end its process, and so make the others fail for that reason.
+        """
         stuck = deadlock(view, int(1e9 * self._seconds))
         mine = stuck.get(view.me)
         suspected = frozenset(_key(rank, wait) for rank, wait in stuck.items())
-        confirmed = bool(stuck) and suspected == self._suspected
+        is_certain = mine is not None and suspected == self._suspected
         self._suspected = suspected
-        if not confirmed or mine is None or self._mode != "raise":
+        if not is_certain or mine is None or self._mode != "raise":
+            self._take_back_deadlock()
             return
-        view = self._with_stacks(view, stuck.keys())
-        message = text.deadlock_text(stuck, view)
-        if self._board.order_to_fail(mine, message):
+        if not self._deadlock:
+            view = self._with_stacks(view, stuck.keys())
+            self._deadlock = text.deadlock_text(stuck, view)
+            self._deadlock_ns = time.monotonic_ns()
+            self._board.put(Header.DEADLOCK, self._deadlock_ns)
+            return
+        found_ns = [them.deadlock_ns for rank in stuck if (them := view.board(rank)) is not None]
+        if not all(found_ns) and view.now_ns - self._deadlock_ns < _ALL_FIND_NS:
+            return
+        end_ns = min(max(found_ns), view.now_ns) + int(1e9 * self.tick_s)
+        time.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
+        if self._board.order_to_fail(mine, self._deadlock):
             self._told.pop(_key(view.me, mine), None)  # the error says it all
+
+    def _take_back_deadlock(self) -> None:
+        if self._deadlock:
+            self._deadlock = ""
+            self._board.put(Header.DEADLOCK, 0)
 
 
 def _member(group: Watched, index: int, rank: int) -> Member | None:
@@ -313,7 +347,10 @@ def _member(group: Watched, index: int, rank: int) -> Member | None:
 
 def _stack_of(them: Snapshot) -> list[Frame]:
     signal, fd = them.stack_signal, them.stack_file
-    return ask(them.pid, them.born, signal, fd) if signal else []
+    if not signal:
+        return []
+    watched = time.monotonic_ns() - them.seen_ns <= FRESH_NS
+    return ask(them.pid, them.born, signal, fd, watched=watched, patience_s=_PATIENCE_S)
 
 
 def _may_have_come(stall: Stall) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastddp
 from fastddp.comm import shm
+from fastddp.watch import board
 from tests.conftest import require_native
 from tests.ranks import run_ranks, scratch_folder
 
@@ -51,28 +55,28 @@ def line_of(function: Callable[..., Any], text: str) -> str:
 def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Returns the lines that the ranks have printed, without those that are not ours."""
     lines = capsys.readouterr().out.splitlines()
-    return [line for line in lines if line.startswith(("fastddp: rank", "  "))]
+    return [line for line in lines if line.startswith(("fastddp: ", "  "))]
 
 
 class Numbers(Dataset[torch.Tensor]):
-    """Inputs, one of which is slow on rank 1."""
+    """Inputs, one of which may be slow."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, is_slow: bool) -> None:
+        self.is_slow = is_slow
 
     def __len__(self) -> int:
         return STEPS
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self.rank == 1 and index == SLOW_STEP:
+        if self.is_slow and index == SLOW_STEP:
             time.sleep(PAUSE_S)
         return torch.ones(4)
 
 
-def train(rank: int, before_step: Callable[[int], object] = int) -> None:
+def train(before_step: Callable[[int], object] = int, slow_input: bool = False) -> None:
     model = fastddp.wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for step, x in enumerate(DataLoader(Numbers(rank), batch_size=1)):
+    for step, x in enumerate(DataLoader(Numbers(slow_input), batch_size=1)):
         before_step(step)
         optimizer.zero_grad()
         model(x).sum().backward()
@@ -85,13 +89,13 @@ def train(rank: int, before_step: Callable[[int], object] = int) -> None:
 
 
 def _slow_input(rank: int, world_size: int) -> None:
-    train(rank)
+    train(slow_input=rank == 1)
 
 
 def test_slow_input_is_told_and_so_is_its_end(
-    transport: str, capsys: pytest.CaptureFixture[str]
+    transport: str, engine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_ranks(_slow_input, 2, env=environment(transport))
+    run_ranks(_slow_input, 2, env=environment(transport, FASTDDP_ENGINE=engine))
     lines = told(capsys)
     step = SLOW_STEP + 1
     assert re.match(
@@ -123,7 +127,7 @@ def _stopped(rank: int, world_size: int) -> None:
             os.kill(pids[1], signal.SIGSTOP)
             threading.Timer(PAUSE_S, os.kill, (pids[1], signal.SIGCONT)).start()
 
-    train(rank, before_step)
+    train(before_step)
 
 
 def test_a_stopped_rank_is_told(transport: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,8 +162,9 @@ def _leaves_early(rank: int, world_size: int) -> list[str]:
     return []
 
 
-def test_a_deadlock_is_an_error(transport: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, errors = run_ranks(_leaves_early, 2, env=environment(transport), expect_dead=[0])
+def test_a_deadlock_is_an_error(transport: str, engine: str) -> None:
+    env = environment(transport, FASTDDP_ENGINE=engine)
+    _, errors = run_ranks(_leaves_early, 2, env=env, expect_dead=[0])
     both = (
         rf"rank 0 waits in the all-reduce of bucket 1 of .*step {SLOW_STEP + 1}, at"
         rf" {line_of(_leaves_early, 'backward()')}; rank 1 waits in the script's own barrier on"
@@ -168,6 +173,105 @@ def test_a_deadlock_is_an_error(transport: str, capsys: pytest.CaptureFixture[st
     )
     assert re.search(both, errors[0]), errors
     assert len(errors) == 2, "the barrier of rank 1 ends when rank 0 does"
+
+
+def _crosses_groups(rank: int, world_size: int) -> str:
+    groups = [dist.new_group(), dist.new_group()]
+    models = [fastddp.wrap(nn.Linear(4, 2), process_group=group) for group in groups]
+    for model in models:
+        model(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(dist.DistBackendError) as caught:
+        models[rank](torch.ones(1, 4)).sum().backward()
+    return str(caught.value)
+
+
+def test_crossed_groups_are_an_error_on_all_ranks(transport: str, engine: str) -> None:
+    env = environment(transport, FASTDDP_ENGINE=engine)
+    place = line_of(_crosses_groups, "models[rank]")
+    for error in run_ranks(_crosses_groups, 2, env=env):
+        assert re.search(
+            r"none of them can ever go on: rank 0 waits in the all-reduce of bucket 1 of model"
+            rf" 'Linear' \(number 1 .* on group '\d+', step 2, at {place}; rank 1 waits in the"
+            rf" all-reduce of bucket 1 of model 'Linear' \(number 1 .* on group '\d+', step 2, at"
+            rf" {place}\. Likely the ranks run backwards of different models; next: ",
+            error,
+        ), error
+
+
+def test_a_deadlock_can_be_left_to_the_timeout(capsys: pytest.CaptureFixture[str]) -> None:
+    env = environment("gloo", FASTDDP_STALL="warn")
+    errors = run_ranks(_waits_apart, 2, env=env)
+    assert not any("none of them can ever go on" in error for error in errors), errors
+    assert "likely: " in "\n".join(told(capsys))
+
+
+def _waits_apart(rank: int, world_size: int) -> str:
+    groups = [dist.new_group(timeout=timedelta(seconds=4)) for _ in range(2)]
+    models = [fastddp.wrap(nn.Linear(4, 2), process_group=group) for group in groups]
+    with pytest.raises(dist.DistBackendError) as caught:
+        models[rank](torch.ones(1, 4)).sum().backward()
+    return str(caught.value)
+
+
+# ---- in C code, with Python's lock ---------------------------------------------------------------
+
+
+def _holds_the_lock(rank: int, world_size: int) -> None:
+    def before_step(step: int) -> None:
+        if step == SLOW_STEP and rank == 1:
+            ctypes.PyDLL(None).sleep(6)
+
+    train(before_step)
+
+
+def test_a_rank_that_holds_pythons_lock_is_told(
+    transport: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(_holds_the_lock, 2, env=environment(transport, FASTDDP_STALL_SECONDS="3.2"))
+    lines = told(capsys)
+    assert re.match(
+        r"  rank 1 has not come: sleeping .*, in a call that holds Python's lock \(the GIL\), at"
+        rf" {line_of(_holds_the_lock, 'PyDLL').replace('_holds_the_lock', 'before_step')}",
+        lines[1],
+    ), lines
+
+
+# ---- what is not a stall -------------------------------------------------------------------------
+
+
+def _computes(rank: int, world_size: int) -> None:
+    def before_step(step: int) -> None:
+        end = time.monotonic() + PAUSE_S
+        while step == SLOW_STEP and rank == 1 and time.monotonic() < end:
+            pass
+
+    train(before_step)
+
+
+def test_a_rank_that_computes_is_not_told(
+    transport: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(_computes, 2, env=environment(transport))
+    assert told(capsys) == []
+
+
+def _asks_a_person(rank: int, world_size: int) -> None:
+    reader, writer = os.pipe()
+    sys.stdin = os.fdopen(reader)
+
+    def before_step(step: int) -> None:
+        if step == SLOW_STEP and rank == 1:
+            threading.Timer(PAUSE_S, os.write, (writer, b"go on\n")).start()
+            assert input() == "go on"
+
+    train(before_step)
+
+
+def test_a_rank_that_waits_for_a_person_is_not_told(
+    transport: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(_asks_a_person, 2, env=environment(transport))
+    assert told(capsys) == []
 
 
 # ---- healthy -------------------------------------------------------------------------------------
@@ -186,3 +290,16 @@ def test_a_healthy_run_says_nothing(
 ) -> None:
     run_ranks(_healthy, 2, env=environment(transport, FASTDDP_ENGINE=engine))
     assert told(capsys) == []
+
+
+def _unwatched(rank: int, world_size: int) -> list[str]:
+    _healthy(rank, world_size)
+    assert board.own() is None
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastddp")]
+
+
+def test_nothing_looks_where_that_is_turned_off(transport: str) -> None:
+    env = environment(transport, FASTDDP_STALL="off")
+    for threads in run_ranks(_unwatched, 2, env=env):
+        assert "fastddp watch" not in threads
+        assert "fastddp store" not in threads

@@ -19,6 +19,7 @@ from tests.unit.boards import (
     AT_LOADER,
     NET,
     STATE,
+    WORLD,
     Rank,
     model,
     view,
@@ -37,7 +38,7 @@ FIRST = f"fastddp: rank 0 has waited for 12 s in {WAIT_TEXT}, at /home/me/train.
 def net(monkeypatch: pytest.MonkeyPatch) -> None:
     params = ["body.weight", "head.weight", "head.bias"]
     known = names.ModelNames("model 'Net'", params, lambda: [[2, 1, 0]])
-    monkeypatch.setattr(names, "_models", {NET: known})
+    monkeypatch.setattr(names, "_models", {(NET, WORLD): known})
 
 
 def said(
