@@ -42,7 +42,6 @@ class _Reading:
         self._meetings: dict[int, Meeting] = {}  # by key, those that have not ended
         self._recent: list[Meeting] = []  # since the latest step ended
         self._is_between = False  # since a round has ended no other has begun
-        self._stall: Stall | None = None
 
     def take(self, event: Event) -> None:
         kind = event.kind
@@ -162,12 +161,18 @@ class _Reading:
             del self._meetings[event.a]
 
     def _take_stall(self, event: Event) -> None:
+        """Notes a stall, which is told of only when it has lasted for a while."""
         if event.kind is Kind.STALL_BEGIN:
-            self._stall = Stall(event.a, event.at, None)
-            self.result.stalls.append(self._stall)
-        elif self._stall is not None and self._stall.rank == event.a:
-            self._stall.end = event.at
-            self._stall = None
+            self.result.stalls.append(Stall(event.a, event.at, None))
+            return
+        under_way = [stall for stall in self.result.stalls if stall.end is None]
+        same = [stall for stall in under_way if stall.rank == event.a]
+        if not under_way:
+            self.result.stalls.append(Stall(event.a, event.at, event.at))
+        stall = (same or under_way or self.result.stalls)[-1]
+        # At the end it is known better which rank it was, and when the wait began.
+        stall.rank, stall.end = event.a, event.at
+        stall.begin = min(stall.begin, max(self.result.first, event.at - event.b))
 
     def finish(self) -> Recording:
         self.result.doing = self._doing()
