@@ -24,6 +24,10 @@ constexpr nanoseconds kSpin = microseconds(30);
 constexpr nanoseconds kSpinInTheMidst = microseconds(300);
 constexpr nanoseconds kSpinOnSharedCores = microseconds(1);
 
+// Up to this size, the end of a collective follows so soon after the meeting of the ranks that both
+// are recorded with the same time.
+constexpr std::uint64_t kShortBytes = std::uint64_t{8} << 10;
+
 std::size_t usable_cores() {
   cpu_set_t cores;
   if (::sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
@@ -57,6 +61,7 @@ void Group::begin(const Call& call, Deadline deadline) {
   deadline_ = deadline;
   first_ = now_ + 1;
   compared_ = false;
+  met_ = 0;
   check_current();
   layout_.rank(me_).calls[count() % kCallsKept].write(first_, calls_[me_]);
   record(calls_[me_].began, events::Kind::kCollectiveBegin,
@@ -124,7 +129,7 @@ void Group::record(std::uint64_t time, events::Kind kind, std::uint64_t b) const
 
 // Who was the last to come, and how long after the first. A rank that is many calls ahead does not
 // count: it was not the last.
-void Group::record_meeting() const {
+void Group::record_meeting() {
   constexpr std::uint64_t kMostNs = (std::uint64_t{1} << 40) - 1;
   std::size_t last = me_;
   std::uint64_t first = calls_[me_].began;
@@ -136,13 +141,23 @@ void Group::record_meeting() const {
   }
   const std::uint64_t began = calls_[last].began;
   const std::uint64_t after = std::min(began - first, kMostNs);
-  // Where this rank is the last, all had come when it began: that saves a reading of the clock.
-  record(last == me_ ? began : events::now(), events::Kind::kCollectiveMet,
-         static_cast<std::uint64_t>(rank(last)) << 40 | after);
+  const std::uint64_t what = static_cast<std::uint64_t>(rank(last)) << 40 | after;
+  const Call& call = calls_[me_];
+  // A reading of the clock takes as long as all else here. Where this rank is the last, all had
+  // come when it began.
+  if (last == me_) {
+    record(began, events::Kind::kCollectiveMet, what);
+  } else if (call.numel * size_of(call.element) <= kShortBytes && !call.elsewhere && !call.across) {
+    met_ = what;
+  } else {
+    record(events::now(), events::Kind::kCollectiveMet, what);
+  }
 }
 
-void Group::record_end(bool has_failed) const {
-  record(events::now(), has_failed ? events::Kind::kError : events::Kind::kCollectiveEnd, 0);
+void Group::record_end(bool has_failed) {
+  const std::uint64_t time = events::now();
+  if (met_ != 0) record(time, events::Kind::kCollectiveMet, std::exchange(met_, 0));
+  record(time, has_failed ? events::Kind::kError : events::Kind::kCollectiveEnd, 0);
 }
 
 // ---- comparing what the ranks have announced --------------------------------------------

@@ -111,7 +111,7 @@ class Group {
   [[noreturn]] void fail(const std::string& why);
 
   // Records the end of the current collective, or that it has failed; see Ending.
-  void record_end(bool has_failed) const;
+  void record_end(bool has_failed);
 
   // What this group is called on the board.
   std::uint64_t id() const { return id_; }
@@ -136,7 +136,7 @@ class Group {
   void look_around(SlowWait& wait, Time time);
   void find_fault(std::size_t index, Time time);
   void record(std::uint64_t time, events::Kind kind, std::uint64_t b) const;
-  void record_meeting() const;
+  void record_meeting();
   void compare_with(std::size_t index);
   void compare(std::size_t index);
   void check_operand(std::size_t index);
@@ -153,6 +153,7 @@ class Group {
   bool compared_ = true;
   std::vector<Call> calls_;
   Deadline deadline_;
+  std::uint64_t met_ = 0;  // what is to be recorded of the meeting when the collective ends
   std::size_t next_slot_ = 0;
   std::array<Time, kSlots> free_at_{};
   std::atomic<std::uint64_t> count_{0};
@@ -163,13 +164,13 @@ class Group {
 // begins.
 class Ending {
  public:
-  explicit Ending(const Group& group) : group_(group) {}
+  explicit Ending(Group& group) : group_(group) {}
   ~Ending() { group_.record_end(std::uncaught_exceptions() > exceptions_); }
   Ending(const Ending&) = delete;
   Ending& operator=(const Ending&) = delete;
 
  private:
-  const Group& group_;
+  Group& group_;
   const int exceptions_ = std::uncaught_exceptions();
 };
 

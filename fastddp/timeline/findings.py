@@ -109,7 +109,9 @@ def _name(part: Part, model: ModelSummary) -> str:
 def _row(name: str, figure: Figure) -> list[str]:
     trend = ""
     if figure.trend is not None:
-        trend = ("-" if figure.trend < 0 else "+") + _ms(abs(figure.trend))
+        trend = _ms(abs(figure.trend))
+        if trend != "0":
+            trend = ("-" if figure.trend < 0 else "+") + trend
     return [name, _ms(figure.median), _ms(figure.p95), trend]
 
 
@@ -125,6 +127,27 @@ def _ms(milliseconds: float) -> str:
     if milliseconds >= 99.95:
         return f"{milliseconds:.0f}"
     return f"{milliseconds:.1f}" if milliseconds >= 9.995 else f"{milliseconds:.2f}"
+
+
+def what_could_be_saved(model: ModelSummary, world_size: int | None) -> list[str]:
+    """Returns a sentence with bounds for what faster communication could save, and even ranks.
+
+    Args:
+        model: the summary of a model.
+        world_size: the number of ranks that there are; None if it is not known.
+    """
+    if world_size == 1:
+        return []
+
+    def most(part: Part) -> str:
+        waits = [of.parts[part].median for of in model.ranks.values() if part in of.parts]
+        share = max(waits, default=0.0) / (model.average.step.median or 1.0)
+        return f"{_ms(max(waits, default=0.0))} ms ({100 * share:.1f} %)"
+
+    text = f"A step would be at most {most(Part.TRANSFER)} shorter if communication took no time"
+    if model.tells_lateness:
+        text += f", and at most {most(Part.LATE)} if no rank was late"
+    return [text + "."]
 
 
 def who_was_last(model: ModelSummary, world_size: int | None) -> list[str]:

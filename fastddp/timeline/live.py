@@ -21,7 +21,7 @@ def report() -> Report:
     ``python -m fastddp report`` reads those.
 
     It is not collective and may be called from any thread, also while a step is under way, which
-    is left out. It takes tens of milliseconds.
+    is left out. It takes up to 0.2 s.
 
     Returns:
         The report: ``print`` shows it as a table, and

@@ -6,7 +6,15 @@ import base64
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from fastddp.timeline.findings import Table, headline, notes, tables, title, who_was_last
+from fastddp.timeline.findings import (
+    Table,
+    headline,
+    notes,
+    tables,
+    title,
+    what_could_be_saved,
+    who_was_last,
+)
 from fastddp.timeline.run import Run
 from fastddp.timeline.summary import ModelSummary
 
@@ -45,6 +53,7 @@ def _lines(
         if name := title(model, models):
             yield f"<h2>{escape(name)}</h2>"
         yield from _paragraphs(who_was_last(model, run.world_size))
+        yield from _paragraphs(what_could_be_saved(model, run.world_size))
         for table in tables(model):
             yield from _table(table)
     yield from _paragraphs(notes(run))

@@ -240,7 +240,8 @@ class _Reading:
             self._optimizer = event.at
         elif self._optimizer is not None:
             if self._is_between:
-                self.result.steps[-1].optimizer.append(Span(self._optimizer, event.at))
+                step = self.result.steps[-1]  # of which it is no part if it began in backward
+                step.optimizer.append(Span(max(self._optimizer, step.end_of_round), event.at))
                 self._end = event.at
             self._optimizer = None
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from fastddp.timeline.findings import Table, headline, notes, tables, title, who_was_last
+from fastddp.timeline.findings import (
+    Table,
+    headline,
+    notes,
+    tables,
+    title,
+    what_could_be_saved,
+    who_was_last,
+)
 from fastddp.timeline.run import Run
 from fastddp.timeline.summary import ModelSummary
 
@@ -24,7 +32,11 @@ def report_text(run: Run, models: Sequence[ModelSummary]) -> str:
         if name := title(model, models):
             blocks.append(name)
         blocks += [_lay_out(table) for table in tables(model)]
-        blocks.append(_fill(who_was_last(model, run.world_size)))
+        saved, last = (
+            what_could_be_saved(model, run.world_size),
+            who_was_last(model, run.world_size),
+        )
+        blocks.append(_fill([*saved, *last]))
     blocks.append(_fill(notes(run)))
     return "\n\n".join(block for block in blocks if block)
 

@@ -20,8 +20,9 @@ _TORCH = str(Path(torch.__file__).parent)
 _PYTHONS = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib"))
 # Also that of another installation: a stack may come from another process.
 _LIBRARY = re.compile(r"/lib\d*/python\d\.\d+t?/")
+_GENERATED = re.compile(r"/torchinductor_")
 _INSTALLED = re.compile(r"/(site|dist)-packages/")
-_TYPED_IN = re.compile(r"^<(stdin|console|ipython-input|python-input)")
+_TYPED_IN = re.compile(r"^<(stdin|console|ipython-input|python-input|command-)")
 _DEBUGGER = re.compile(
     r"/(pdb|bdb|ipdb|remote_pdb|web_pdb)\.py$|/_?pydevd|/(debugpy|ipdb|pudb)/"
     r"|/IPython/(core/debugger|terminal/)"
@@ -38,11 +39,7 @@ class Frame:
     function: str
 
     def __str__(self) -> str:
-        file = self.file
-        if os.path.isabs(file):
-            here = os.path.relpath(file)
-            file = file if here.startswith(os.pardir) else here
-        return f"{file}:{self.line} in {self.function}"
+        return f"{_near(self.file)}:{self.line} in {self.function}"
 
 
 def own(thread_ident: int | None = None) -> list[Frame]:
@@ -118,6 +115,15 @@ def is_at_breakpoint(frames: Sequence[Frame]) -> bool:
     return bool(frames) and bool(_ASKS.search(linecache.getline(frames[0].file, frames[0].line)))
 
 
+def _near(file: str) -> str:
+    """Returns a shorter name of a file below the working directory."""
+    try:
+        here = os.path.join(os.getcwd(), "")
+    except OSError:  # the directory has been removed
+        return file
+    return file.removeprefix(here)
+
+
 def _is_breakpoint_of_torch(frame: Frame) -> bool:
     return frame.function == "breakpoint" and frame.file == os.path.join(
         _TORCH, "distributed", "__init__.py"
@@ -135,6 +141,7 @@ def _is_script(file: str) -> bool:
         _is_ours_or_torch(file)
         or file.startswith(_PYTHONS)
         or _LIBRARY.search(file)
+        or _GENERATED.search(file)
         or _INSTALLED.search(file)
     )
 

@@ -47,6 +47,11 @@ class State:
     """Of a zombie, if the kernel tells: its exit code, or a signal's number, negative."""
 
     @property
+    def runs(self) -> bool:
+        """Whether the process can do something: it is neither stopped nor dead."""
+        return self.kind in (Kind.RUNNING, Kind.SLEEPING, Kind.DISK)
+
+    @property
     def text(self) -> str:
         """Describes the state in words that follow "it is"."""
         if self.returncode is None:
@@ -231,7 +236,7 @@ def _where(pid: int) -> str:
         text = (_PROC / str(pid) / "wchan").read_text().strip()
     except OSError:
         return ""
-    return "" if text == "0" else text
+    return "" if text == "0" else text.partition(".")[0]  # what compilers add says nothing
 
 
 def _returncode(status: int) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from fastddp.watch import groups
+from fastddp.watch.deadlock import FRESH_NS
 from fastddp.watch.frames import Frame, own
 from fastddp.watch.groups import Watched
 from fastddp.watch.out_of_memory import out_of_memory_kills
@@ -14,6 +15,9 @@ from fastddp.watch.process import Kind, State, cpu_s_of_tree, loader_workers, st
 from fastddp.watch.snapshot import Snapshot
 from fastddp.watch.stack import ask
 from fastddp.watch.view import Facts, Member, View
+
+_PATIENCE_S = 1.5
+"""For the answer of a watcher that looks once per second."""
 
 
 class Sight:
@@ -99,4 +103,7 @@ def _member(group: Watched, index: int, rank: int) -> Member | None:
 
 def _stack_of(them: Snapshot) -> list[Frame]:
     signal, fd = them.stack_signal, them.stack_file
-    return ask(them.pid, them.born, signal, fd) if signal else []
+    if not signal:
+        return []
+    watched = time.monotonic_ns() - them.seen_ns <= FRESH_NS
+    return ask(them.pid, them.born, signal, fd, watched=watched, patience_s=_PATIENCE_S)

@@ -1,12 +1,18 @@
 """Python stacks of other processes of this host, even of one that holds the GIL in C code.
 
-A process lets others ask for its stack: it registers a handler of Python's faulthandler for a
-signal. The handler is C code that takes no lock and allocates nothing, and writes the stack into a
-file in memory. A process that asks sends the signal and reads the file through ``/proc``.
+A process lets others ask for its stack by a file in memory, which they open through ``/proc``. They
+write a question into it, and a thread of the process that looks at it now and then, the watcher,
+writes the stack. That thread needs the GIL.
+
+If it does not get the GIL, there is another way: the process has registered a handler of Python's
+faulthandler for a signal. The handler is C code that takes no lock and allocates nothing, and
+writes the stack into the same file. A process that asks sends the signal.
 
 The signal goes to the process's main thread, and the handler writes the stack of that one alone:
 its frames stand still meanwhile. Those of other threads may be freed while they are read, which
-ends the process with SIGSEGV: after ten answers where three threads are busy.
+ends the process with SIGSEGV: after ten answers where three threads are busy. A main thread that
+runs may be just entering or leaving a frame; the risk is small, and a thread that sleeps has none,
+so that is the time to ask.
 """
 
 from __future__ import annotations
@@ -31,6 +37,9 @@ from fastddp.watch.script_call import collective_of_script as collective_of_scri
 
 _FILE = "fastddp stacks"
 _LOOK_S = 0.005
+_QUESTION = b"?"
+_CALM_S = 0.25
+"""So long, whoever asks waits for a moment at which the other one's main thread sleeps."""
 _MAX_BYTES = 1 << 20
 
 
@@ -86,7 +95,26 @@ def let_ask() -> tuple[int, int]:
         return (_answering.signal, _answering.fd) if _answering else (0, 0)
 
 
-def ask(pid: int, born: int, signal: int, fd: int, *, patience_s: float = 1.0) -> list[Frame]:
+def answer() -> None:
+    """Writes the stack of the main thread if another process has asked for it.
+
+    To be called now and then by a thread of a process that lets others ask.
+    """
+    with _lock:
+        fd = _answering.fd if _answering is not None else -1
+        try:
+            if fd < 0 or os.fstat(fd).st_size != len(_QUESTION):
+                return
+            lines = [f'  File "{f.file}", line {f.line} in {f.function}\n' for f in own()]
+            os.ftruncate(fd, 0)
+            os.write(fd, (_BEGIN + "".join(lines)).encode("ascii", "backslashreplace"))
+        except OSError:
+            return
+
+
+def ask(
+    pid: int, born: int, signal: int, fd: int, *, watched: bool = False, patience_s: float = 1.0
+) -> list[Frame]:
     """Asks another process for the stack of its main thread. Works in any thread; not collective.
 
     System calls that the signal interrupts are restarted; those that never are, such as poll(2),
@@ -97,20 +125,27 @@ def ask(pid: int, born: int, signal: int, fd: int, *, patience_s: float = 1.0) -
         born: when it began; see :func:`fastddp.watch.process.born`.
         signal: the signal that :func:`let_ask` has returned there.
         fd: the descriptor that :func:`let_ask` has returned there.
-        patience_s: how many seconds to wait for the answer.
+        watched: whether a thread there calls :func:`answer`, as far as is known. It is asked first.
+        patience_s: how many seconds to wait for the answer, in either way.
 
     Returns:
         The innermost 100 frames, innermost first; none if there is no answer.
     """
-    deadline = time.monotonic() + patience_s
     try:
         file = _open_file(pid, fd)
     except OSError:
         return []
     try:
+        frames = _ask_thread(pid, born, file, patience_s) if watched else []
+        if frames:
+            return frames
+        now = time.monotonic()
+        deadline, calm_until = now + patience_s, now + _CALM_S
         # First another one's question is answered, or both answers would be one file.
         while _may_ask(pid, born, signal):
-            if not _is_under_way(pid, signal):
+            sleeps = process.state_of(pid, born).kind is not process.Kind.RUNNING
+            calm = sleeps or time.monotonic() > calm_until
+            if calm and not _is_under_way(pid, signal):
                 os.ftruncate(file, 0)
                 return _answer(pid, signal, file, deadline)
             if time.monotonic() > deadline:
@@ -121,6 +156,20 @@ def ask(pid: int, born: int, signal: int, fd: int, *, patience_s: float = 1.0) -
         return []
     finally:
         os.close(file)
+
+
+def _ask_thread(pid: int, born: int, file: int, patience_s: float) -> list[Frame]:
+    """Asks the thread that calls :func:`answer`; returns nothing if there is no answer in time."""
+    deadline = time.monotonic() + patience_s
+    os.ftruncate(file, 0)
+    os.pwrite(file, _QUESTION, 0)
+    while time.monotonic() < deadline and process.state_of(pid, born).runs:
+        if os.fstat(file).st_size > len(_QUESTION):
+            time.sleep(_LOOK_S)  # it is truncated first, and then written at once
+            return parse(os.pread(file, _MAX_BYTES, 0).decode("ascii", errors="replace"))
+        answer()  # that thread may be in here too, and wait for this one
+        time.sleep(_LOOK_S)
+    return []
 
 
 def _begin() -> _Answering | None:
@@ -214,9 +263,7 @@ def _may_ask(pid: int, born: int, signal: int) -> bool:
     process has become, another process with its pid. A process that does not run would find it
     when it continues, long after.
     """
-    kind = process.state_of(pid, born).kind
-    runs = kind in (process.Kind.RUNNING, process.Kind.SLEEPING, process.Kind.DISK)
-    return runs and process.catches(pid, signal)
+    return process.state_of(pid, born).runs and process.catches(pid, signal)
 
 
 def _is_under_way(pid: int, signal: int) -> bool:

@@ -27,7 +27,7 @@ from fastddp.watch.named import NamedWait
 from fastddp.watch.own_waits import OwnWaits
 from fastddp.watch.referee import Referee
 from fastddp.watch.sight import Sight
-from fastddp.watch.stack import let_ask
+from fastddp.watch.stack import answer, let_ask
 from fastddp.watch.teller import Teller
 from fastddp.watch.timing import Timing
 from fastddp.watch.view import View
@@ -68,6 +68,7 @@ class Watcher:
         lasted_s = (now_ns - self._looked_ns) / 1e9
         self._looked_ns = now_ns
         self._board.put(Header.SEEN, now_ns)
+        answer()
         self._own_waits.show(now_ns)
         mine = self._board.read()
         watched = groups.watched()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import fastddp
+from fastddp.comm.groups import watch
 from fastddp.comm.objects import gather_if_different
 from fastddp.watch.notes import Notes
 from tests.models import Ladder, ladder_x, mean_x
@@ -131,6 +132,7 @@ def _ranks_agree_on_what_they_compare(rank: int, world_size: int) -> None:
     """Digests are of bytes that every version of Python makes alike."""
     texts = []
     sha256 = hashlib.sha256
+    watch(dist.group.WORLD)  # which has to do with a digest of its own
     hashlib.sha256 = lambda data: texts.append(bytes(data)) or sha256(data)  # type: ignore
     fastddp.wrap(torch.nn.Linear(2, 1))
     hashlib.sha256 = sha256

@@ -21,6 +21,7 @@ from fastddp.timeline.report import Report
 from fastddp.timeline.run import read_run
 from fastddp.watch.ring import Header
 from tests.ranks import Died, run_ranks
+from tests.slow import slow_but_for
 
 LATE_S = 0.04
 STEPS = 12
@@ -50,7 +51,7 @@ def _train_on_two_hosts(rank: int, world_size: int, late: int) -> None:
     _train(rank, world_size, "python", late, -1)
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", slow_but_for([1], [0, 1]))
 def test_hosts_are_put_on_one_clock(late: int, tmp_path: Path) -> None:
     # Both hosts are this machine, so the shift between their clocks is zero, whatever their dates
     # are.
@@ -70,7 +71,7 @@ def test_hosts_are_put_on_one_clock(late: int, tmp_path: Path) -> None:
     assert worst.rank == late
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", slow_but_for(["shm"], TRANSPORTS))
 def test_a_late_rank_and_a_killed_one_are_named(
     engine: str, transport: str, tmp_path: Path
 ) -> None:

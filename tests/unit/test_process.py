@@ -186,6 +186,28 @@ def test_workers_of_a_data_loader(method: str) -> None:
         signal.signal(signal.SIGCHLD, before)
 
 
+@pytest.mark.parametrize(
+    ("letter", "wchan", "text"),
+    [
+        ("D", "nfs_wait_bit_killable", f"{Kind.DISK.value} (nfs_wait_bit_killable)"),
+        ("S", "ep_poll.constprop.0", "sleeping in the kernel (ep_poll)"),
+        ("S", "0", "sleeping in the kernel"),
+        ("t", "0", "stopped by a debugger"),
+        ("X", "0", "gone"),
+        ("?", "0", "in an unknown state"),
+    ],
+)
+def test_states_as_the_kernel_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letter: str, wchan: str, text: str
+) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "stat").write_text(f"7 (a) b) {letter} {'0 ' * 18}99 {'0 ' * 30}")
+    (tmp_path / "7" / "wchan").write_text(wchan)
+    monkeypatch.setattr(process, "_PROC", tmp_path)
+    assert process.born(7) == 99
+    assert process.state_of(7, 99).text == text
+
+
 def test_who_catches_a_signal() -> None:
     catches = "import signal; signal.signal(signal.SIGRTMIN, print); "
     with child(catches + SLEEPS) as running:

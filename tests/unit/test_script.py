@@ -31,6 +31,7 @@ TYPED = Frame("<stdin>", 1, "<module>")
 CELL = Frame("/tmp/ipykernel_77/1234.py", 5, "<module>")
 ELSEWHERE = Frame("/opt/conda/lib/python3.12/socket.py", 5, "accept")
 DEBIAN = Frame("/usr/lib/python3/dist-packages/numpy/core.py", 5, "dot")
+INDUCTOR = Frame("/tmp/torchinductor_someone/ab/cabc.py", 90, "call")
 COMPILED = Frame("<eval_with_key>.7", 5, "forward")
 
 
@@ -45,6 +46,7 @@ COMPILED = Frame("<eval_with_key>.7", 5, "forward")
         ([BACKWARD, GENERATED], GENERATED),
         ([BACKWARD, TYPED], TYPED),
         ([WAITS, CELL, TRAINER], CELL),
+        ([INDUCTOR, COMPILED, BACKWARD, SCRIPT], SCRIPT),
         ([WAITS, BACKWARD, TRAINER, REDUCER], TRAINER),
         ([WAITS, BACKWARD], WAITS),
         ([], None),
@@ -52,6 +54,17 @@ COMPILED = Frame("<eval_with_key>.7", 5, "forward")
 )
 def test_place_in_script(frames: list[Frame], place: Frame | None) -> None:
     assert stack.place_in_script(frames) == place
+
+
+def test_a_frame_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "removed"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    frame = Frame(f"{folder}/sub/train.py", 3, "main")
+    assert str(frame) == "sub/train.py:3 in main"
+    assert str(SCRIPT) == "/home/someone/train.py:22 in main"
+    folder.rmdir()
+    assert str(frame) == f"{folder}/sub/train.py:3 in main"
 
 
 PDB = Frame(f"{STDLIB}/pdb.py", 300, "interaction")
