@@ -45,7 +45,7 @@ class Teller:
 
         Args:
             view: what is known of the ranks.
-            wait: the wait.
+            wait: one of its waits.
             observed_s: for how long it was looked at.
         """
         told = self._told.get(wait.key)
