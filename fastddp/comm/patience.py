@@ -39,7 +39,7 @@ def wait_for(work: Work, group: ProcessGroup, device: torch.device | None = None
     """Waits until a collective has ended. May be called from any thread.
 
     Args:
-        work: the collective.
+        work: the collective that is under way.
         group: the group that it was started in.
         device: the device of its tensors, by default
             :func:`fastddp.comm.groups.communication_device`.

@@ -216,7 +216,7 @@ def _connect(peers: _Peers, shared: bool = False) -> Any:
     all ranks of the world.
 
     Args:
-        peers: the ranks.
+        peers: the ranks that connect.
         shared: whether the script uses their gloo backend too. What goes through gloo then goes
             through another one: it may be launched by another thread, and gloo matches collectives
             by their order.

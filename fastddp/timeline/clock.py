@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from fastddp.timeline.matched import Key
-from fastddp.timeline.steps import Step
+from fastddp.timeline.recording import Step
 
 
 @dataclass(frozen=True, slots=True)

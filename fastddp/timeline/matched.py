@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fastddp.timeline.steps import Meeting, Recording, Step
+from fastddp.timeline.recording import Meeting, Recording, Step
 
 Key = tuple[int, int]
 """A model's number and a step's number."""

@@ -6,17 +6,11 @@ import base64
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from fastddp.timeline.findings import (
-    Table,
-    headline,
-    notes,
-    tables,
-    title,
-    what_could_be_saved,
-    who_was_last,
-)
+from fastddp.timeline.notes import headline, notes
 from fastddp.timeline.run import Run
+from fastddp.timeline.sentences import what_could_be_saved, who_was_last
 from fastddp.timeline.summary import ModelSummary
+from fastddp.timeline.tables import Table, tables, title
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em;

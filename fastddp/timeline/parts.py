@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from fastddp.timeline.recording import Step
 from fastddp.timeline.spans import Span, covered, gaps, merged
-from fastddp.timeline.steps import Step
 
 
 class Part(Enum):

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from fastddp.timeline.findings import headline, shown_ranks
+from fastddp.timeline.notes import headline
 from fastddp.timeline.parts import Part, parts_of
+from fastddp.timeline.recording import Step
 from fastddp.timeline.run import Run
 from fastddp.timeline.slices import Activity, Slice, slices_of
 from fastddp.timeline.spans import Span
-from fastddp.timeline.steps import Step
 from fastddp.timeline.summary import ModelSummary, average, owner_of
+from fastddp.timeline.tables import shown_ranks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

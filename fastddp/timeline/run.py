@@ -9,7 +9,8 @@ from statistics import median
 
 from fastddp.timeline.clock import Shift, done_together, shift_between
 from fastddp.timeline.matched import Key, match, note_launches
-from fastddp.timeline.steps import Recording, Step, read_steps
+from fastddp.timeline.recording import Recording, Step
+from fastddp.timeline.steps import read_steps
 from fastddp.watch import ring_reader
 from fastddp.watch.ring_reader import Event, Ring
 

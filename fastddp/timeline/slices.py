@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fastddp.timeline.parts import exposed_spans, late_spans
+from fastddp.timeline.recording import Recording, Step
 from fastddp.timeline.spans import Span, gaps
-from fastddp.timeline.steps import Recording, Step
 
 
 class Lane(Enum):

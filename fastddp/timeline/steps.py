@@ -1,7 +1,5 @@
 """Training steps of one process, out of its events.
 
-A step of a model is a round, that is a synchronised backward, and what led to it: it begins where
-the step before it ended, and ends with its round or with the optimizer steps that follow the round.
 Events may be missing, where the ring has overwritten them, a round was abandoned or the process
 died; what is then not whole does not become a step.
 """
@@ -11,108 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from fastddp.timeline.recording import Launch, Meeting, Recording, Stall, Step
 from fastddp.timeline.spans import Span
 from fastddp.watch.events import Kind
 from fastddp.watch.ring_reader import Event
-
-
-@dataclass(slots=True)
-class Launch:
-    """A collective of a round, as the reducer sees it."""
-
-    number: int
-    """Its number in the round."""
-    at: int
-    num_bytes: int
-    fill: int | None = None
-    """When copying into its bucket began; None if nothing was left to copy."""
-    wait: Span | None = None
-    """While the reducer waited for it."""
-    met: int | None = None
-    """When the last rank launched it; None until the recordings of several ranks are compared."""
-
-
-@dataclass(slots=True)
-class Meeting:
-    """A collective in shared memory, as the transport sees it."""
-
-    key: int
-    """Its number in its group and the group's number: the same on all ranks."""
-    owner: int
-    begin: int
-    """When this rank came."""
-    num_bytes: int
-    met: int | None = None
-    """When all ranks had come."""
-    end: int | None = None
-    last_rank: int | None = None
-    spread: int = 0
-    """How many nanoseconds the last rank came after the first."""
-
-
-@dataclass(slots=True)
-class Step:
-    """A step of one model on one rank. Times are nanoseconds."""
-
-    owner: int
-    number: int
-    begin: int | None
-    """When what was before it ended; None for the first step that is known."""
-    forward: int
-    """When the last forward before the round began."""
-    backward: int
-    """When backward reached the model: the round began."""
-    backward_end: int
-    """When this rank had all gradients; what follows is exposed communication."""
-    end_of_round: int
-    forwards: list[Span] = field(default_factory=list)
-    """Earlier forwards of the step, without a round: accumulation or evaluation."""
-    optimizer: list[Span] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)
-    meetings: list[Meeting] = field(default_factory=list)
-    """Collectives in shared memory from the begin of the step on, also those of the script."""
-
-    @property
-    def group(self) -> int | None:
-        """The number of the group that the round was in, where shared memory tells it."""
-        of_round = (m for m in self.meetings if m.owner == self.owner and m.begin >= self.backward)
-        return next((meeting.key >> 32 for meeting in of_round), None)
-
-    @property
-    def end(self) -> int:
-        """When the step ended: after the optimizer, if one followed the round."""
-        return self.optimizer[-1].end if self.optimizer else self.end_of_round
-
-
-@dataclass(slots=True)
-class Stall:
-    """A time in which the process waited for another rank long enough to say so."""
-
-    rank: int
-    """The rank at fault."""
-    begin: int
-    end: int | None
-    """None if it had not ended when the recording did."""
-
-
-@dataclass(slots=True)
-class Recording:
-    """All that the events of one process tell."""
-
-    steps: list[Step] = field(default_factory=list)
-    """Whole steps in the order in which their rounds ended."""
-    unfinished: list[Step] = field(default_factory=list)
-    """Rounds that had begun and not ended, with the end of the recording as the end."""
-    stalls: list[Stall] = field(default_factory=list)
-    errors: list[int] = field(default_factory=list)
-    """When waits ended with an error."""
-    interrupted: list[int] = field(default_factory=list)
-    """When waits were interrupted by a signal."""
-    first: int = 0
-    last: int = 0
-    """The times of the first and the last event."""
-    doing: str = ""
-    """What the process was at when the recording ended, such as ``in the backward of step 3``."""
 
 
 @dataclass(slots=True)
@@ -142,7 +42,6 @@ class _Reading:
         self._meetings: dict[int, Meeting] = {}  # by key, those that have not ended
         self._recent: list[Meeting] = []  # since the latest step ended
         self._is_between = False  # since a round has ended no other has begun
-        self._stall: Stall | None = None
 
     def take(self, event: Event) -> None:
         kind = event.kind
@@ -262,12 +161,18 @@ class _Reading:
             del self._meetings[event.a]
 
     def _take_stall(self, event: Event) -> None:
+        """Notes a stall, which is told of only when it has lasted for a while."""
         if event.kind is Kind.STALL_BEGIN:
-            self._stall = Stall(event.a, event.at, None)
-            self.result.stalls.append(self._stall)
-        elif self._stall is not None and self._stall.rank == event.a:
-            self._stall.end = event.at
-            self._stall = None
+            self.result.stalls.append(Stall(event.a, event.at, None))
+            return
+        under_way = [stall for stall in self.result.stalls if stall.end is None]
+        same = [stall for stall in under_way if stall.rank == event.a]
+        if not under_way:
+            self.result.stalls.append(Stall(event.a, event.at, event.at))
+        stall = (same or under_way or self.result.stalls)[-1]
+        # At the end it is known better which rank it was, and when the wait began.
+        stall.rank, stall.end = event.a, event.at
+        stall.begin = min(stall.begin, max(self.result.first, event.at - event.b))
 
     def finish(self) -> Recording:
         self.result.doing = self._doing()

@@ -10,7 +10,7 @@ from typing import Any
 from fastddp.timeline.figures import Figure, figure
 from fastddp.timeline.matched import Last, find_last
 from fastddp.timeline.parts import Part, parts_of, tells_lateness
-from fastddp.timeline.steps import Step
+from fastddp.timeline.recording import Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from fastddp.timeline.findings import (
-    Table,
-    headline,
-    notes,
-    tables,
-    title,
-    what_could_be_saved,
-    who_was_last,
-)
+from fastddp.timeline.notes import headline, notes
 from fastddp.timeline.run import Run
+from fastddp.timeline.sentences import what_could_be_saved, who_was_last
 from fastddp.timeline.summary import ModelSummary
+from fastddp.timeline.tables import Table, tables, title
 
 WIDTH = 100
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastddp.watch.layout import Header, id_of
 from fastddp.watch.notes import Notes
 from fastddp.watch.peers import Address, Peer
 from fastddp.watch.process import born
+from fastddp.watch.questions import Questions
 
 _STORE_TIMEOUT = timedelta(seconds=5)
 _MAX_ASKED = 256
@@ -47,6 +48,8 @@ class Watched:
         self.addresses: dict[int, Address] = {}
         """By global rank, as far as they are known."""
         self.notes = Notes(index)
+        self.questions = Questions(index)
+        self.looked_for_questions_ns = 0
         self._client: Any = None
 
     @property
@@ -82,6 +85,23 @@ class Watched:
         """Whether the boards of some ranks cannot be read here, or are not known to be readable."""
         readable = sum(is_here(address) for address in self.addresses.values())
         return readable < len(self.ranks)
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether some ranks are on other hosts, for certain."""
+        return self.is_known and self.has_strangers
+
+    def ask(self, ranks: Collection[int]) -> None:
+        """Asks ranks of other hosts what they do, by rank in the group. For the clerk alone."""
+        client = self.client()
+        if client is not None:
+            self.questions.ask(client, ranks)
+
+    def answer(self, text: Callable[[], str]) -> None:
+        """Answers what ranks of other hosts ask. For the clerk alone."""
+        client = self.client()
+        if client is not None:
+            self.questions.answer(client, text)
 
     def write_note(self) -> None:
         """Writes this rank's note. For the clerk alone."""

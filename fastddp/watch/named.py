@@ -23,6 +23,10 @@ class NamedWait:
         self.thread = threading.get_native_id()
         self.place: int | None = None
         """The place on the board; None as long as it is not there."""
+        self.came: set[int] = set()
+        """The ranks that have been seen in it."""
+        self.elsewhere: dict[int, tuple[int, str]] = {}
+        """By rank that was not: when it was last seen in another wait, and in which."""
         self.absent = ""
         """Who was missing when the watcher looked last; empty for nobody, or if it has not yet."""
 

@@ -48,6 +48,11 @@ class WaitSeen:
     text: str = ""
 
     @property
+    def key(self) -> tuple[int, int]:
+        """What tells the wait from the next one at the same place."""
+        return self.place, self.since_ns
+
+    @property
     def owner(self) -> int:
         """The number of the model that it belongs to; 0 for none."""
         return self.label >> 32

@@ -9,9 +9,9 @@ from fastddp.watch.describe import describe_wait
 from fastddp.watch.frames import Frame, caller_in_script, place_in_script
 from fastddp.watch.meeting_points import waits_of
 from fastddp.watch.reasons import likely, why_apart
-from fastddp.watch.snapshot import FILLING, WaitSeen
+from fastddp.watch.snapshot import FILLING, Snapshot, WaitSeen
 from fastddp.watch.stall import Absence, Cause, Stall
-from fastddp.watch.view import Facts, Member, View
+from fastddp.watch.view import Facts, View
 
 _MAX_RANKS = 16
 _MAX_LINES = 4  # of ranks that have not come
@@ -115,7 +115,7 @@ def _about(absence: Absence) -> str:
     elif facts is not None:
         parts[0] += _at_with_caller(facts)
     if absence.cause not in (Cause.DEAD, Cause.OUT_OF_MEMORY) and absence.waits is None:
-        parts += _progress(member)
+        parts += _progress(member.board)
     if facts is not None and facts.workers:
         parts.append(_workers(facts))
     return "; ".join(parts)
@@ -138,7 +138,7 @@ def _doing(absence: Absence) -> str:
         return f"it computes ({100 * facts.cpu_share:.0f} % of a core)"
     if cause is Cause.NOT_SEEN:
         if not member.is_here:
-            return "it is on another host, and in nothing that fastddp knows of"
+            return f"it is on another host, {member.answer or 'and has not answered what it does'}"
         return "it has not said what it does"
     state = facts.state.text if facts is not None else cause.value
     if cause is Cause.HOLDS_GIL:
@@ -146,9 +146,20 @@ def _doing(absence: Absence) -> str:
     return state
 
 
-def _progress(member: Member) -> Iterator[str]:
-    """Yields what its model has come to, if a backward is under way there."""
-    board = member.board
+def answer_text(board: Snapshot, frames: Sequence[Frame]) -> str:
+    """Returns what this rank does, for a rank of another host that has asked.
+
+    Args:
+        board: the board of this process.
+        frames: the stack of the main thread of this process, innermost first.
+    """
+    place = place_in_script(frames)
+    steps = [f"{model.steps} steps done" for model in board.models[:1]]
+    return "; ".join([f"at {place}", *_progress(board), *steps])
+
+
+def _progress(board: Snapshot | None) -> Iterator[str]:
+    """Yields what a model has come to, if a backward is under way."""
     if board is None:
         return
     filling = [model for model in board.models if model.phase == FILLING]
@@ -195,23 +206,23 @@ def _seconds(seconds: float) -> str:
 # ---- what a wait that fails by itself says -------------------------------------------------------
 
 
-def missing_text(view: View, absent: Sequence[int]) -> str:
+def where(view: View, rank: int) -> str:
+    """Returns what a rank waits in, as far as is known; empty if it does not wait."""
+    member = view.members.get(rank)
+    waits = waits_of(member.board) if member is not None else ()
+    if waits:
+        return describe_wait(waits[0], view.board(rank))
+    return member.note if member is not None else ""
+
+
+def missing_text(elsewhere: Mapping[int, str]) -> str:
     """Returns who is missing in a wait that has failed, for the text of the error.
 
     Args:
-        view: what is known of the ranks.
-        absent: the ranks that have not come.
+        elsewhere: the ranks that have not come, with what they wait in; empty for nothing.
     """
-    parts, unknown = [], []
-    for rank in absent:
-        member = view.members.get(rank)
-        waits = waits_of(member.board) if member is not None else ()
-        note = member.note if member is not None else ""
-        if waits or note:
-            what = describe_wait(waits[0], view.board(rank)) if waits else note
-            parts.append(f"rank {rank} waits in {what}")
-        else:
-            unknown.append(rank)
+    parts = [f"rank {rank} waits in {what}" for rank, what in elsewhere.items() if what]
+    unknown = [rank for rank, what in elsewhere.items() if not what]
     if unknown:
         parts.append(f"{ranks_text(unknown)} not there yet; do all ranks call it?")
     return "; ".join(parts)

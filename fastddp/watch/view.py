@@ -36,6 +36,8 @@ class Member:
     facts: Facts | None = None
     note: str = ""
     """What a rank of another host has written into the store; empty for nothing."""
+    answer: str = ""
+    """What a rank of another host has answered when it was asked; empty for nothing."""
     is_here: bool = True
     """Whether it is on this host, as far as is known."""
 

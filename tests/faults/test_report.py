@@ -19,7 +19,10 @@ import fastddp
 from fastddp.timeline.clock import Shift
 from fastddp.timeline.report import Report
 from fastddp.timeline.run import read_run
+from fastddp.watch import events
+from fastddp.watch.events import Kind
 from fastddp.watch.ring import Header
+from fastddp.watch.ring_reader import parse
 from tests.ranks import Died, run_ranks
 from tests.slow import slow_but_for
 
@@ -101,3 +104,29 @@ def test_a_late_rank_and_a_killed_one_are_named(
 
     assert own.startswith("fastddp report: rank 0 of 2, steps 0 to 11")
     assert ("Rank 1 was last in" in own) == (transport == "shm")
+
+
+def _stall(rank: int, world_size: int) -> None:
+    model = fastddp.wrap(nn.Linear(4, 1))
+    for number in range(3):
+        if rank == 1 and number == 1:
+            time.sleep(3.5)
+        model(torch.ones(1, 4)).sum().backward()
+    deadline = time.monotonic() + 30
+    while rank == 0 and not _has_recorded(Kind.STALL_END) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _has_recorded(kind: Kind) -> bool:
+    return any(event.kind is kind for event in parse(events.snapshot()).events())
+
+
+def test_a_stall_is_told(tmp_path: Path) -> None:
+    env = {"FASTDDP_TRACE": str(tmp_path), "FASTDDP_STALL_SECONDS": "1"}
+    run_ranks(_stall, 2, env=env, timeout=60)
+    run = read_run(tmp_path)
+    (stall,) = run.recordings[0].stalls
+    assert stall.rank == 1
+    assert stall.end is not None
+    assert 2.5e9 < stall.end - stall.begin < 30e9
+    assert "Rank 1 was waited for once as a stall" in str(Report.of(run))

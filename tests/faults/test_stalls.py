@@ -115,6 +115,22 @@ def test_slow_input_is_told_and_so_is_its_end(
     ), lines
 
 
+def _slow_input_on_another_host(rank: int, world_size: int) -> None:
+    os.environ["FASTDDP_HOST_ID"] = str(rank)
+    train(slow_input=rank == 1)
+
+
+def test_a_rank_of_another_host_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    run_ranks(_slow_input_on_another_host, 2, env=environment("gloo"))
+    lines = told(capsys)
+    answer = (
+        rf"  rank 1 has not come: it is on another host, at"
+        rf" {line_of(Numbers.__getitem__, 'time.sleep')}; {SLOW_STEP} steps done"
+    )
+    assert any(re.fullmatch(answer, line) for line in lines), lines
+    assert "the wait of rank 0 is over" in lines[-1]
+
+
 # ---- stopped -------------------------------------------------------------------------------------
 
 

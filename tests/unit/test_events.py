@@ -193,12 +193,12 @@ def test_a_forked_child_gets_a_ring_of_its_own(writer: str, tmp_path: Path) -> N
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     events.record(Kind.LAUNCH, a=3)
-    parents = tmp_path / f"rank-0.{os.getpid()}.ring"
-    childs = tmp_path / f"rank-unknown.{child}.ring"
-    assert sorted(tmp_path.iterdir()) == [parents, childs]
-    assert [event.a for event in _events(parents.read_bytes())] == [1, 3]
-    assert [event.a for event in _events(childs.read_bytes())] == [2]
-    assert _words(childs.read_bytes())[Header.PID] == child
+    of_parent = tmp_path / f"rank-0.{os.getpid()}.ring"
+    of_child = tmp_path / f"rank-unknown.{child}.ring"
+    assert sorted(tmp_path.iterdir()) == [of_parent, of_child]
+    assert [event.a for event in _events(of_parent.read_bytes())] == [1, 3]
+    assert [event.a for event in _events(of_child.read_bytes())] == [2]
+    assert _words(of_child.read_bytes())[Header.PID] == child
 
 
 VICTIM = """

@@ -25,10 +25,11 @@ from fastddp.timeline.matched import Last, find_last, match, note_launches
 from fastddp.timeline.page import page
 from fastddp.timeline.parts import Part, parts_of, tells_lateness
 from fastddp.timeline.picture import draw
+from fastddp.timeline.recording import Recording, Stall, Step
 from fastddp.timeline.report import Report
 from fastddp.timeline.run import make_run, read_run
 from fastddp.timeline.spans import Span, covered, gaps, merged
-from fastddp.timeline.steps import Recording, Step, read_steps
+from fastddp.timeline.steps import read_steps
 from fastddp.watch import events
 from fastddp.watch.events import Kind
 from fastddp.watch.ring_reader import parse
@@ -281,6 +282,7 @@ def test_one_rank_alone_says_what_it_does_not_know() -> None:
     text = str(report_of({0: late_run()[0]}))
     assert "exposed communication" in text
     assert "Which rank was last is not known from one rank" in text
+    assert "A step would be" not in text
     alone = str(report_of({0: late_run()[0]}, world_size=1))
     assert "last" not in alone.split("\n\n", 1)[1]
 
@@ -314,6 +316,23 @@ def test_trouble_is_told() -> None:
     assert "Rank 0: a wait ended with a signal, first 0.0 s before the end" in text
     assert "rank 1 ends 7.3 s before the last one, in the backward of step 20." in text
     assert "There is no recording of 1 rank: 2." in text
+
+
+def test_the_end_of_a_stall_tells_its_begin_and_its_rank() -> None:
+    recording = record(
+        step(0, 1),
+        [
+            (12_000 * MS, Kind.STALL_BEGIN, OWNER, 2, 0),
+            (15_000 * MS, Kind.STALL_END, OWNER, 1, 13_000 * MS),
+            (16_000 * MS, Kind.STALL_END, OWNER, 1, 2**63),
+            (30_000 * MS, Kind.STALL_BEGIN, OWNER, 3, 0),
+        ],
+    )
+    assert recording.stalls == [
+        Stall(1, 2_000 * MS, 15_000 * MS),
+        Stall(1, 1 * MS, 16_000 * MS),
+        Stall(3, 30_000 * MS, None),
+    ]
 
 
 def test_of_many_ranks_the_late_ones_are_shown() -> None:

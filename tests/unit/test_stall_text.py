@@ -128,7 +128,7 @@ CASES: dict[str, tuple[Rank, str, str]] = {
     ),
     "another host": (
         Rank(has_board=False, is_here=False),
-        "it is on another host, and in nothing that fastddp knows of",
+        "it is on another host, and has not answered what it does",
         "rank 1 is slow, or does not call the same collectives",
     ),
     "a note of another host": (
@@ -185,7 +185,7 @@ def test_the_end_of_a_stall_is_told() -> None:
 
 def test_who_is_missing_in_an_error() -> None:
     seen = view(WAITING, Rank(), Rank([BARRIER]), Rank())
-    assert text.missing_text(seen, [1, 2, 3]) == (
+    assert text.missing_text({rank: text.where(seen, rank) for rank in (1, 2, 3)}) == (
         "rank 2 waits in the script's own barrier on group '0'; ranks 1 and 3 not there yet; do all"
         " ranks call it?"
     )

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from fastddp.comm.waiting import waiting
-from fastddp.watch import board, groups, named, watcher
+from fastddp.watch import board, correspondence, groups, named, own_waits, watcher
 from fastddp.watch.clerk import Clerk
 from fastddp.watch.layout import Source
 from fastddp.watch.slow_wait import SlowWait, What
@@ -44,8 +44,9 @@ class PromptClerk(Clerk):
 @pytest.fixture
 def look(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Has a watcher look that is not a thread, at waits that have lasted for long enough."""
-    for name in ("_NOTE_AFTER_S", "_ASK_AFTER_S"):
-        monkeypatch.setattr(watcher, name, 0.0)
+    monkeypatch.setattr(own_waits, "_NAMED_AFTER_S", 0.0)
+    monkeypatch.setattr(correspondence, "_NOTE_AFTER_S", 0.0)
+    monkeypatch.setattr(watcher, "_ASK_AFTER_S", 0.0)
     monkeypatch.setattr(groups, "_groups", {})
     monkeypatch.setattr(board, "_board", board.Board())
     own = board.own()

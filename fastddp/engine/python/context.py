@@ -37,7 +37,7 @@ class Context:
         """Waits for a collective of the group, see :func:`fastddp.comm.patience.wait_for`.
 
         Args:
-            work: the collective.
+            work: the collective that is under way.
             text: the name of the collective, for messages.
             number: the number of the bucket that it is for; None for no bucket.
         """

@@ -1,0 +1,74 @@
+"""Ends deadlocks: the waits of ranks that can never move fail, at one moment on all of them."""
+
+from __future__ import annotations
+
+import time
+
+from fastddp.watch import text
+from fastddp.watch.board import Board
+from fastddp.watch.deadlock import deadlock
+from fastddp.watch.layout import Header
+from fastddp.watch.sight import Sight
+from fastddp.watch.snapshot import WaitSeen
+from fastddp.watch.timing import Timing
+from fastddp.watch.view import View
+
+_ALL_FIND_NS = 5_000_000_000
+"""How long a rank that has found a deadlock waits for the others to find it too."""
+
+
+class Referee:
+    """What this process has found.
+
+    Args:
+        own_board: the board of this process.
+        sight: knows more of other processes, if it is asked.
+        timing: the pace of the watcher.
+    """
+
+    def __init__(self, own_board: Board, sight: Sight, timing: Timing) -> None:
+        self._board = own_board
+        self._sight = sight
+        self._timing = timing
+        self._suspected: frozenset[tuple[int, tuple[int, int]]] = frozenset()
+        self._found = ""  # the text of the error, once it is certain
+        self._found_ns = 0
+
+    def end_deadlock(self, view: View) -> WaitSeen | None:
+        """Orders the wait of this process to fail if the ranks can never move.
+
+        That takes several looks: one finds it, another one confirms it and says so on the board.
+        Once all have, all fail. The first one to fail would otherwise end its process, and the
+        others would fail for that reason.
+
+        Args:
+            view: what is known of the ranks.
+
+        Returns:
+            The wait that was ordered to fail; None for none.
+        """
+        stuck = deadlock(view, self._timing.stall_ns)
+        mine = stuck.get(view.me)
+        suspected = frozenset((rank, wait.key) for rank, wait in stuck.items())
+        is_certain = suspected == self._suspected
+        self._suspected = suspected
+        if mine is None or not is_certain:
+            self.forget()
+            return None
+        if not self._found:
+            self._found = text.deadlock_text(stuck, self._sight.with_stacks(view, stuck.keys()))
+            self._found_ns = time.monotonic_ns()
+            self._board.put(Header.DEADLOCK, self._found_ns)
+            return None
+        found_ns = [them.deadlock_ns for rank in stuck if (them := view.board(rank)) is not None]
+        if not all(found_ns) and view.now_ns - self._found_ns < _ALL_FIND_NS:
+            return None
+        end_ns = min(max(found_ns), view.now_ns) + int(1e9 * self._timing.tick_s)
+        time.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
+        return mine if self._board.order_to_fail(mine, self._found) else None
+
+    def forget(self) -> None:
+        """Takes back what was found: the ranks have moved."""
+        if self._found:
+            self._found = ""
+            self._board.put(Header.DEADLOCK, 0)
