@@ -167,6 +167,7 @@ def _ask_thread(pid: int, born: int, file: int, patience_s: float) -> list[Frame
         if os.fstat(file).st_size > len(_QUESTION):
             time.sleep(_LOOK_S)  # it is truncated first, and then written at once
             return parse(os.pread(file, _MAX_BYTES, 0).decode("ascii", errors="replace"))
+        answer()  # that thread may be in here too, and wait for this one
         time.sleep(_LOOK_S)
     return []
 

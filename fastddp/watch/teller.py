@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastddp.watch import events, named, text
+from fastddp.watch import board, events, named, text
 from fastddp.watch.frames import is_at_breakpoint, own, place_in_script
 from fastddp.watch.meeting_points import reached_from, waits_of
 from fastddp.watch.process import Kind, state_of
@@ -45,7 +45,7 @@ class Teller:
 
         Args:
             view: what is known of the ranks.
-            wait: the wait.
+            wait: one of its waits.
             observed_s: for how long it was looked at.
         """
         told = self._told.get(wait.key)
@@ -60,6 +60,9 @@ class Teller:
             return
         view = self._sight.with_stacks(view, [absence.rank for absence in stall.absences])
         stall = judge(view, view.me, wait, observed_s)
+        own_board = board.own()
+        if own_board is None or wait.key not in {w.key for w in waits_of(own_board.read())}:
+            return  # it has ended meanwhile: asking takes time
         while due_s <= observed_s:
             due_s *= 2
         self._told[wait.key] = _Told(stall, due_s)

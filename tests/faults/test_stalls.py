@@ -277,7 +277,7 @@ def _asks_a_person(rank: int, world_size: int) -> None:
 
     def before_step(step: int) -> None:
         if step == SLOW_STEP and rank == 1:
-            threading.Timer(PAUSE_S, os.write, (writer, b"go on\n")).start()
+            threading.Timer(3.0, os.write, (writer, b"go on\n")).start()
             assert input() == "go on"
 
     train(before_step)

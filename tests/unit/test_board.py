@@ -267,3 +267,14 @@ def test_a_forked_child_has_no_board(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 0
     assert parent.read().pid == os.getpid()
     board._use(0)
+
+
+def test_without_memory_files_a_board_is_for_this_process_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    alone = Board()
+    assert alone.fd == -1
+    place = alone.begin_wait(Source.NAMED, "a call", since_ns=1)
+    assert [wait.place for wait in alone.read().waits] == [place]
+    assert not groups.is_here(groups.own_address(alone.fd))
