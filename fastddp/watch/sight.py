@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from fastddp.watch import groups
+from fastddp.watch.board import own as own_board
 from fastddp.watch.deadlock import FRESH_NS
 from fastddp.watch.frames import Frame, own
 from fastddp.watch.groups import Watched
+from fastddp.watch.layout import Header
 from fastddp.watch.out_of_memory import out_of_memory_kills
 from fastddp.watch.process import Kind, State, cpu_s_of_tree, loader_workers, state_of
 from fastddp.watch.snapshot import Snapshot
@@ -76,6 +78,7 @@ class Sight:
         members = dict(view.members)
         for rank, board, facts in _known(view, ranks):
             frames = own() if rank == view.me else _stack_of(board)
+            _say_that_this_process_runs()
             workers = tuple(state for _, state in loader_workers(board.pid))
             seen = replace(facts, frames=tuple(frames), workers=workers)
             members[rank] = replace(members[rank], facts=seen)
@@ -99,6 +102,13 @@ def _member(group: Watched, index: int, rank: int) -> Member | None:
         return Member(rank, note=note, answer=answer, is_here=False)
     seen = groups.peer(address).read()
     return Member(rank, seen, Facts(state_of(address.pid, address.born)), note)
+
+
+def _say_that_this_process_runs() -> None:
+    """Asking many ranks takes longer than the others would believe without a word."""
+    board = own_board()
+    if board is not None:
+        board.put(Header.SEEN, time.monotonic_ns())
 
 
 def _stack_of(them: Snapshot) -> list[Frame]:

@@ -51,6 +51,12 @@ class Absence:
     waits_for: tuple[int, ...] = ()
     """The ranks that it waits for there."""
 
+    @property
+    def has_not_begun(self) -> bool:
+        """Whether the rank has not used a group of those that wait, so that it has no address."""
+        member = self.member
+        return self.cause is Cause.NOT_SEEN and member.is_here and member.board is None
+
 
 @dataclass(frozen=True)
 class Stall:
@@ -80,6 +86,12 @@ class Stall:
         """Whether the ranks that are waited for compute: they compile, or evaluate."""
         roots = self.roots
         return bool(roots) and all(absence.cause is Cause.BUSY for absence in roots)
+
+    @property
+    def is_of_late_ranks(self) -> bool:
+        """Whether nothing at all is known of the ranks that are waited for: they have not begun."""
+        roots = self.roots
+        return bool(roots) and all(absence.has_not_begun for absence in roots)
 
 
 def judge(view: View, rank: int, wait: WaitSeen, lasted_s: float) -> Stall:

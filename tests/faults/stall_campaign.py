@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.faults.holdings import shared_files_of
 from tests.faults.stall_programs import PAUSE_S, STEPS, Fault, Run, be_rank, outcome
-from tests.ranks import RankFailed, run_ranks
+from tests.ranks import RankFailed, init_group, run_ranks
 
 TRANSPORTS = ("shm", "gloo", "hosts")
 DEATH_IS_TOLD_WITHIN_S = 5.0
@@ -26,7 +26,7 @@ DEADLOCK_ENDS_WITHIN_S = 12.0
 """After the threshold of 1 s; generous, because the machine has other work."""
 
 SLOW = r"rank {v} waits for something that is not a collective"
-LOOP = r"rank {v} (has )?left the training loop after step \d+"
+LOOP = r"rank {v} (has )?left the training loop"
 CAUSES = {
     Fault.SLOW_INPUT: r"the input of rank {v} is slow",
     Fault.SLOW_WORKER: r"the input of rank {v} is slow",
@@ -37,15 +37,18 @@ CAUSES = {
     Fault.HOLDS_LOCK: r"a call on rank {v} does not return",
     Fault.STOP: r"rank {v} was stopped from outside",
 }
-DEATHS = (Fault.KILL, Fault.EXCEPTION, Fault.DISK_FULL, Fault.LEAVES)
+DEATHS = (Fault.KILL, Fault.DIES_EARLY, Fault.EXCEPTION, Fault.DISK_FULL, Fault.LEAVES)
 DEADLOCKS = {
     Fault.LEAVES_TO_BARRIER: LOOP,
     Fault.LEAVES_TO_ALL_REDUCE: LOOP,
     Fault.LEAVES_TO_GATHER: LOOP,
-    Fault.EXTRA: r"rank {v} is alone in calling",
+    Fault.EXTRA: r"rank {v} is alone in calling|rank {v} has left .*, or is alone in calling",
+    Fault.SKIPS: rf"rank {{v}} has begun another forward|{LOOP}",
     Fault.NO_BACKWARD: rf"rank {{v}} has begun another forward|{LOOP}",
-    Fault.BRANCH: r"the ranks run backwards of different models|has begun another forward",
+    Fault.BRANCH: r"the ranks run backwards of different models|the ranks take different branches",
 }
+MIXES_ON_GLOO = (Fault.LEAVES_TO_ALL_REDUCE, Fault.EXTRA, Fault.LEAVES_TO_GATHER)
+"""There the script's collective is taken for a part of the model's, and gloo ends the process."""
 FAR = r"rank {v} is slow, or does not call the same collectives"
 """What is said of a rank on another host."""
 
@@ -103,7 +106,9 @@ def carry_out(run: Run, keep: Path | None = None) -> Seen:
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
-                run_ranks(_alone, run.world_size, run, env=env, timeout=45, expect_dead=range(9))
+                timeout_s = 20 if run.transport == "hosts" and run.fault in DEADLOCKS else 45
+                call = run.world_size, run, timeout_s
+                run_ranks(_alone, *call, env=env, timeout=60, expect_dead=range(9), init_group=False)
         except RankFailed as failed:
             seen.wrong.append(f"failed: {str(failed)[:3000]}")
         finally:
@@ -117,8 +122,9 @@ def carry_out(run: Run, keep: Path | None = None) -> Seen:
     return seen
 
 
-def _alone(rank: int, world_size: int, run: Run) -> None:
+def _alone(rank: int, world_size: int, run: Run, timeout_s: float) -> None:
     """Is a rank whose output is in a file of its own."""
+    init_group(timeout_s=timeout_s)
     folder = Path(os.environ["CAMPAIGN_FOLDER"])
     output = os.open(folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
@@ -197,8 +203,8 @@ def _of_stall(run: Run, seen: Seen) -> list[str]:
         r: [line for line in lines if "has waited for" in line] for r, lines in seen.lines.items()
     }
     tellers = [r for r, lines in first.items() if lines]
-    if len(tellers) != 1:
-        return [f"told by {tellers}: {seen.lines}"]
+    if not tellers or len({run.hosts[r] for r in tellers}) != len(tellers):  # one on each host
+        return [f"told by {tellers}"]
     lines = seen.lines[tellers[0]]
     likely = [line for line in lines if "likely: " in line]
     right = CAUSES[run.fault]
@@ -212,7 +218,8 @@ def _of_stall(run: Run, seen: Seen) -> list[str]:
         wrong.append("the rank is not named")
     times = [float(re.findall(r"for ([\d.]+) s", line)[0]) for line in first[tellers[0]]]
     stalls = 2 if run.fault is Fault.SLOW_RANK else 1
-    begun = [t for t in times if t < 2 * run.seconds]
+    late = 3 if run.fault is Fault.LATE_START else 1
+    begun = [t for t in times if t < (late + 1) * run.seconds]
     if len(begun) != stalls:
         wrong.append(f"{len(begun)} verdicts begin a stall: {times}")
     ends = [line for line in lines if "is over after" in line]
@@ -224,6 +231,10 @@ def _of_stall(run: Run, seen: Seen) -> list[str]:
 
 
 def _of_deadlock(run: Run, seen: Seen, survivors: list[int]) -> list[str]:
+    if run.transport == "gloo" and run.fault in MIXES_ON_GLOO:
+        return [f"rank {rank} has no error" for rank in survivors if not seen.errors.get(rank)]
+    if run.transport == "hosts":
+        return _of_deadlock_between_hosts(run, seen)
     wrong = []
     right = DEADLOCKS[run.fault].format(v=run.victim)
     for rank in survivors:
@@ -236,6 +247,17 @@ def _of_deadlock(run: Run, seen: Seen, survivors: list[int]) -> list[str]:
             wrong.append(f"rank {rank} has another cause: {error}")
         elif seen.told_s[rank] > DEADLOCK_ENDS_WITHIN_S:
             wrong.append(f"rank {rank} was told after {seen.told_s[rank]:.1f} s")
+    return wrong
+
+
+def _of_deadlock_between_hosts(run: Run, seen: Seen) -> list[str]:
+    """It is told, and ends with the timeout of the group."""
+    said = sum(seen.lines.values(), [])
+    wrong = [f"rank {r} has no error" for r in range(run.world_size) if not seen.errors.get(r)]
+    if not any("likely: " in line for line in said):
+        wrong.append("nothing is told")
+    if not any(f"rank {run.victim} has" in line for line in said):
+        wrong.append("the rank is not named")
     return wrong
 
 

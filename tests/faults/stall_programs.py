@@ -10,6 +10,7 @@ import ctypes
 import errno
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ class Fault(Enum):
     HOLDS_LOCK = "C code that holds Python's lock"
     STOP = "SIGSTOP"
     LATE_START = "sleep before the model is wrapped"
+    DIES_EARLY = "SIGKILL before the model is wrapped"
     KILL = "SIGKILL"
     EXCEPTION = "exception"
     DISK_FULL = "disk full at a checkpoint"
@@ -52,7 +54,8 @@ class Fault(Enum):
     LEAVES_TO_ALL_REDUCE = "leaves the loop to an all-reduce"
     LEAVES_TO_GATHER = "leaves the loop to all_gather_object"
     EXTRA = "a collective too many"
-    NO_BACKWARD = "a step without a backward"
+    SKIPS = "a step that is left out"
+    NO_BACKWARD = "a forward without a backward"
     BRANCH = "two models in another order"
     NONE = "nothing"
     COMPUTES = "computes for long in a step"
@@ -141,9 +144,12 @@ def script(rank: int, run: Run, folder: Path) -> None:
     is_victim = rank == run.victim
     if is_victim and fault is Fault.LATE_START:
         begin_fault(rank)
-        time.sleep(PAUSE_S)
+        time.sleep(PAUSE_S + 2 * run.seconds)
     if is_victim and fault is Fault.COMPUTES_EARLY:
-        compute()
+        compute(2 * run.seconds)
+    if is_victim and fault is Fault.DIES_EARLY:
+        begin_fault(rank)
+        os.kill(os.getpid(), signal.SIGKILL)
     slow = range(0)
     if is_victim and fault in (Fault.SLOW_INPUT, Fault.SLOW_WORKER):
         slow = range(run.step * BATCH, run.step * BATCH + 1)
@@ -170,7 +176,11 @@ def script(rank: int, run: Run, folder: Path) -> None:
                 Fault.LEAVES_TO_GATHER,
             ):
                 break
-            if goes_wrong(run):
+            if fault is Fault.SKIPS:
+                continue
+            goes_wrong(run)
+            if fault is Fault.NO_BACKWARD:
+                model(x)
                 continue
         if is_victim and fault is Fault.SLOW_RANK and run.step <= step < run.step + 2:
             time.sleep(2 * run.seconds)
@@ -200,8 +210,8 @@ def script(rank: int, run: Run, folder: Path) -> None:
     time.sleep(1.5 * run.seconds)  # several looks
 
 
-def goes_wrong(run: Run) -> bool:
-    """Does what is wrong in a step, and returns whether the rest of the step is left out."""
+def goes_wrong(run: Run) -> None:
+    """Does what is wrong in a step."""
     fault = run.fault
     if fault is Fault.SLEEP:
         time.sleep(PAUSE_S)
@@ -215,7 +225,6 @@ def goes_wrong(run: Run) -> bool:
         compute()
     elif fault in (Fault.PERSON, Fault.DEBUGGER):
         wait_for_a_person(fault is Fault.DEBUGGER)
-    return fault is Fault.NO_BACKWARD
 
 
 def two_models(rank: int, run: Run) -> None:
@@ -239,8 +248,8 @@ def net(buffers: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8), nn.Linear(8, 1))
 
 
-def compute() -> None:
-    end = time.monotonic() + PAUSE_S
+def compute(seconds: float = PAUSE_S) -> None:
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         sum(range(1000))
 

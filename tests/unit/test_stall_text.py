@@ -249,3 +249,30 @@ def test_a_rank_that_has_left_the_loop_is_told_so(script: str) -> None:
     stall = judge(inside, 0, waits_of(inside.board(0))[0], 12.0)
     likely = text.stall_lines(stall, inside, Frame(script, 8, "main"))[-1]
     assert likely.startswith("  likely: rank 1 is alone in calling barrier on group '0'; next: ")
+
+
+def test_a_rank_that_has_left_the_loop_while_another_one_begins_a_forward(script: str) -> None:
+    forward = wait(Source.NAMED, number=0, text="the broadcast before forward")
+    after, inside = (Rank([BARRIER], frames=[Frame(script, line, "main")]) for line in (10, 8))
+    here = Rank([forward], frames=[Frame(script, 8, "main")])
+    for first, second, left in [(here, after, 1), (after, here, 0)]:
+        seen = view(first, second)
+        message = text.deadlock_text(deadlock(seen, 10_000_000_000), seen)
+        assert f"Likely rank {left} left the training loop: it has fewer batches" in message
+    seen = view(here, inside)
+    message = text.deadlock_text(deadlock(seen, 10_000_000_000), seen)
+    assert "Likely rank 1 is alone in calling barrier on group '0'" in message
+
+
+def test_the_same_broadcast_in_two_groups_has_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "_groups", {A: "a", B: "b"})
+    first, second = (
+        Rank([wait(Source.NAMED, group=group, number=0, text="the broadcast before forward")])
+        for group in (A, B)
+    )
+    seen = view(first, second, groups={A: [0, 1], B: [0, 1]})
+    message = text.deadlock_text(deadlock(seen, 10_000_000_000), seen)
+    for rank, group in enumerate("ab"):
+        assert f"rank {rank} waits in the broadcast before forward on group '{group}', at " in (
+            message
+        )
