@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from fastddp.watch.frames import Frame, place_in_script
 from fastddp.watch.layout import Source
@@ -101,14 +101,15 @@ def why_apart(
     if not in_step:
         in_step = {rank: wait for rank, wait in stuck.items() if _is_of_forward(wait)}
     others = {rank: wait for rank, wait in stuck.items() if rank not in in_step}
-    if not others:
-        if len({(wait.owner, wait.group) for wait in in_step.values() if wait.bucket}) > 1:
-            return (
-                "the ranks run backwards of different models",
-                "have all ranks take the same branches, in the same order",
-            )
-        return _REASONS[Cause.ELSEWHERE]
-    if not in_step:
+    if _are_of_different_models(stuck.values()):
+        backwards = (
+            "backwards of " if not others and all(w.bucket for w in in_step.values()) else ""
+        )
+        return (
+            f"the ranks run {backwards}different models",
+            "have all ranks take the same branches, in the same order",
+        )
+    if not in_step or not others:
         return _REASONS[Cause.ELSEWHERE]
     here, there = min(in_step), min(others)
     wait = others[there]
@@ -141,6 +142,13 @@ def steps_done(view: View, rank: int, wait: WaitSeen) -> int | None:
     board = view.board(rank)
     model = board.model(wait.owner, wait.group) if board is not None and wait.owner else None
     return model.steps if model is not None else None
+
+
+def _are_of_different_models(waits: Collection[WaitSeen]) -> bool:
+    """Whether the waits inside of steps tell of more than one model; some know the group only."""
+    backwards = {(wait.owner, wait.group) for wait in waits if wait.bucket is not None}
+    forwards = {wait.group for wait in waits if _is_of_forward(wait)}
+    return len(backwards) > 1 or len(forwards | {group for _, group in backwards}) > 1
 
 
 def _is_of_forward(wait: WaitSeen) -> bool:

@@ -228,7 +228,7 @@ def goes_wrong(run: Run) -> None:
 
 
 def two_models(rank: int, run: Run) -> None:
-    """Trains two models, on groups of their own, which the victim once takes the other way round."""
+    """Trains two models, which the victim once takes the other way round."""
     groups = [dist.new_group(timeout=timedelta(seconds=30)) for _ in range(2)]
     models = [
         fastddp.wrap(net(run.buffers), engine=run.engine, process_group=group) for group in groups
