@@ -121,7 +121,10 @@ def _member(group: Watched, index: int, rank: int) -> Member | None:
     if not groups.is_here(address):
         return Member(rank, note=note, answer=answer, is_here=False)
     seen = groups.peer(address).read()
-    return Member(rank, seen, Facts(state_of(address.pid, address.born)), note)
+    state = state_of(address.pid, address.born)
+    if state.kind is Kind.GONE:  # or the store is older than this job, and there is a new address
+        group.addresses.pop(rank, None)
+    return Member(rank, seen, Facts(state), note)
 
 
 def _say_that_this_process_runs() -> None:
