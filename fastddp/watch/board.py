@@ -12,6 +12,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Mapping
 
 from fastddp import config, extension
 from fastddp.watch.layout import (
@@ -21,6 +22,8 @@ from fastddp.watch.layout import (
     MODELS_AT,
     NATIVE_MODELS,
     NATIVE_WAITS,
+    SEQUENCES,
+    SEQUENCES_AT,
     TEXT_BYTES,
     WAIT_STRIDE,
     WAIT_WORDS,
@@ -81,6 +84,21 @@ class Board:
         snapshot = parse(first, second)
         assert snapshot is not None
         return snapshot
+
+    def put_sequences(self, sequences: Mapping[int, int]) -> None:
+        """Stores how many collectives this process has begun, by the number of the group.
+
+        Args:
+            sequences: those of any number of groups; the first 8 are stored.
+        """
+        pairs = [*sequences.items()][:SEQUENCES]
+        for i in range(SEQUENCES):
+            at = SEQUENCES_AT + 2 * i
+            group, number = (pairs[i][0], pairs[i][1] + 1) if i < len(pairs) else (0, 0)
+            if self._words[at] != group:
+                self._words[at + 1] = 0  # never another group's number
+                self._words[at] = group
+            self._words[at + 1] = number
 
     # ---- models of the Python engine -------------------------------------------------------------
 

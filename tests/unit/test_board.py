@@ -63,7 +63,8 @@ def test_both_languages_have_one_number_for_a_group() -> None:
 
 
 def test_words_of_different_kinds_do_not_overlap() -> None:
-    assert len(Header) <= layout.HEADER_WORDS
+    assert max(Header) < layout.SEQUENCES_AT
+    assert layout.SEQUENCES_AT + 2 * layout.SEQUENCES <= layout.HEADER_WORDS
     assert len(Model) <= layout.MODEL_WORDS
     assert len(Wait) <= layout.WAIT_WORDS
     assert layout.NATIVE_MODELS < layout.MODELS
@@ -106,6 +107,15 @@ def test_what_is_written_is_read_by_another_process(own: Board) -> None:
     own.end_wait(place)
     own.free_model(model)
     assert (own.read().models, own.read().waits) == ((), ())
+
+
+def test_counts_of_groups(own: Board) -> None:
+    own.put_sequences({5: 0, 6: 41})
+    assert [own.read().sequence(group) for group in (5, 6, 7)] == [0, 41, None]
+    own.put_sequences({6: 42} | {100 + i: i for i in range(20)})
+    assert [own.read().sequence(group) for group in (5, 6, 106, 107)] == [None, 42, 6, None]
+    own.put_sequences({})
+    assert own.read().sequences == ()
 
 
 def test_a_text_is_cut_to_fit(own: Board) -> None:

@@ -102,7 +102,7 @@ def test_a_note_is_taken_back_when_its_wait_is_over(group: Group, look: Callable
     look()
     assert group.note() == "none"
     wait(group, "long", look)
-    assert group.note() == "long"
+    assert group.note() == "long on group 'a group'"
     look()
     assert group.note() == ""
 
@@ -127,7 +127,7 @@ def test_a_note_of_a_failed_wait_stays_until_the_group_s_next_wait(
     for _ in range(2):
         wait(another, "elsewhere", lambda: None)
         look()
-        assert group.note() == "the first"
+        assert group.note() == "the first on group 'a group'"
     wait(group, "the next", lambda: None)  # so short that it has no note of its own
     look()
     assert group.note() == ""
@@ -188,7 +188,7 @@ def test_nothing_is_kept_of_a_failed_wait(group: Group, look: Callable[[], None]
     del block
     gc.collect()
     assert alive() is None
-    assert group.note() == "the call"
+    assert group.note() == "the call on group 'a group'"
 
 
 def test_a_store_is_not_kept(group: Group, look: Callable[[], None]) -> None:
