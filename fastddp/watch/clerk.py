@@ -22,6 +22,11 @@ class Clerk:
         self._waiting: set[str] = set()
         self._thread: threading.Thread | None = None
 
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread = threading.Thread(target=self._run, name="fastddp store", daemon=True)
+        self._thread.start()
+
     def ask(self, name: str, errand: Callable[[], object]) -> None:
         """Has an errand run soon, unless one of the same name waits to be run already.
 
@@ -33,9 +38,6 @@ class Clerk:
             return
         self._waiting.add(name)
         self._queue.put((name, errand))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="fastddp store", daemon=True)
-            self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread, if it can still be ended; waits 5 s for it at most."""

@@ -17,6 +17,10 @@ _ALL_FIND_NS = 5_000_000_000
 """How long a rank that has found a deadlock waits for the others to find it too."""
 
 
+_ALL_KNOW_NS = 1_000_000_000
+"""Within that time all ranks have seen that all have found it, and fail at the same time."""
+
+
 class Referee:
     """What this process has found.
 
@@ -63,7 +67,7 @@ class Referee:
         found_ns = [them.deadlock_ns for rank in stuck if (them := view.board(rank)) is not None]
         if not all(found_ns) and view.now_ns - self._found_ns < _ALL_FIND_NS:
             return None
-        end_ns = min(max(found_ns), view.now_ns) + int(1e9 * self._timing.tick_s)
+        end_ns = min(max(found_ns), view.now_ns) + _ALL_KNOW_NS
         time.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
         return mine if self._board.order_to_fail(mine, self._found) else None
 

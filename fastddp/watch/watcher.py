@@ -151,6 +151,7 @@ class _Thread:
                     target=self._run, args=(watcher,), name="fastddp watch", daemon=True
                 )
                 self._thread.start()
+                self.clerk.start()
 
     def stop(self) -> None:
         """Ends the thread: it must not be in a store when the interpreter takes itself apart."""
