@@ -244,7 +244,7 @@ def _of_stall(run: Run, seen: Seen) -> list[str]:
 
 
 def _of_deadlock(run: Run, seen: Seen, survivors: list[int]) -> list[str]:
-    if run.transport == "gloo" and run.fault in MIXES_ON_GLOO:
+    if run.transport != "shm" and run.fault in MIXES_ON_GLOO and run.victim not in seen.errors:
         return [f"rank {rank} has no error" for rank in survivors if not seen.errors.get(rank)]
     if run.transport == "hosts":
         return _of_deadlock_between_hosts(run, seen)

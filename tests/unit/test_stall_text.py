@@ -327,6 +327,18 @@ def test_the_same_broadcast_in_two_groups_has_two_names(monkeypatch: pytest.Monk
     assert "Likely the ranks run different models; next: have all ranks take the same" in message
 
 
+def test_a_rank_that_is_still_in_the_forward_is_not_ahead(script: str) -> None:
+    forward = Rank(
+        [wait(Source.NAMED, number=0, text="the broadcast before forward")],
+        frames=[Frame(script, 8, "main")],
+    )
+    backward = Rank([wait(bucket=1, missing=[0, 2])], frames=[Frame(script, 8, "main")])
+    left = Rank([BARRIER], [model(steps=5)], frames=[Frame(script, 10, "main")])
+    seen = view(forward, backward, left)
+    message = text.deadlock_text(deadlock(seen, 10_000_000_000), seen)
+    assert "Likely rank 2 left the training loop after step 5: it has fewer batches" in message
+
+
 def test_a_rank_in_a_forward_of_another_model_is_not_ahead() -> None:
     forward = "the broadcast before forward"
     first = Rank([wait(Source.NAMED, group=A, number=0, text=forward)])
