@@ -164,10 +164,15 @@ def watch_group(name: str, ranks: Sequence[int], index: int, store: Any) -> bool
 
 def watched() -> list[Watched]:
     """Returns the groups that the script still has, and forgets the others."""
-    for name, group in list(_groups.items()):
-        if not group.is_alive and _groups.get(name) is group:
-            del _groups[name]
-    return list(_groups.values())
+    ended = [name for name, group in list(_groups.items()) if not group.is_alive]
+    for name in ended:
+        _groups.pop(name, None)
+    alive = list(_groups.values())
+    if ended:  # what is known of the ranks of no other group holds a descriptor each
+        known = {address for group in alive for address in group.addresses.values()}
+        for address in _peers.keys() - known:
+            _peers.pop(address).close()
+    return alive
 
 
 def find(name: str) -> Watched | None:
