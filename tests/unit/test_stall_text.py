@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -131,6 +132,11 @@ CASES: dict[str, tuple[Rank, str, str]] = {
         Rank(has_board=False, is_here=False),
         "it is on another host, and has not answered what it does",
         "rank 1 is slow, or does not call the same collectives",
+    ),
+    "a thread that has not ended": (
+        Rank(models=[model(steps=5)], frames=[Frame(threading.__file__, 1560, "_shutdown")]),
+        "its script has ended, and Python is exiting",
+        "rank 1 left the training loop after step 5: it has fewer batches",
     ),
     "a computing rank of another host": (
         Rank(has_board=False, is_here=False, answer="BUSY it computes (98 % of a core), at a.py:1"),
