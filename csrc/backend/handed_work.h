@@ -28,15 +28,12 @@ namespace fastddp {
 
 class HandedWork final : public c10d::Work {
  public:
-  // `text` says what it is, and `missing` who it needs, as board::Wait has it.
+  // `text` says what it is, and `peers` whom it needs, a bit for each rank.
   HandedWork(c10::intrusive_ptr<c10d::Work> work,
              std::shared_ptr<shm::Group> group,
              std::string text,
-             std::uint64_t missing = 0)
-      : work_(std::move(work)),
-        group_(std::move(group)),
-        text_(std::move(text)),
-        missing_(missing) {
+             std::uint64_t peers = 0)
+      : work_(std::move(work)), group_(std::move(group)), text_(std::move(text)), peers_(peers) {
     try {
       work_->getFuture()->addCallback([ended = ended_](c10::ivalue::Future&) {
         const std::lock_guard lock(ended->mutex);
@@ -102,7 +99,8 @@ class HandedWork final : public c10d::Work {
 
   void look(SlowWait& wait) const {
     try {
-      wait.look(missing_);
+      // Nobody knows here whether these have posted their ends.
+      wait.look(/*missing=*/0, /*unfinished=*/peers_);
     } catch (const WaitFailed& error) {
       group_->abort(error.what());
       group_->check();
@@ -129,7 +127,7 @@ class HandedWork final : public c10d::Work {
   const c10::intrusive_ptr<c10d::Work> work_;
   const std::shared_ptr<shm::Group> group_;
   const std::string text_;
-  const std::uint64_t missing_;
+  const std::uint64_t peers_;
   bool tells_when_it_ends_ = true;  // some works of gloo's do not
   const std::shared_ptr<Ended> ended_ = std::make_shared<Ended>();
 };

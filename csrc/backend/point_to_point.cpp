@@ -68,10 +68,8 @@ PointToPoint::Work PointToPoint::compared(
   const bool sends = end == shm::End::kSender;
   const std::string text = (sends ? "send to rank " : "recv from rank ") + std::to_string(peer) +
                            " with tag " + std::to_string(tag);
-  const std::uint64_t missing = peer >= 0 && peer < 64 ? std::uint64_t{1} << peer : 0;
-  const auto work = [&] {
-    return c10::make_intrusive<HandedWork>(launch(), group_, text, missing);
-  };
+  const std::uint64_t peers = peer >= 0 && peer < 64 ? std::uint64_t{1} << peer : 0;
+  const auto work = [&] { return c10::make_intrusive<HandedWork>(launch(), group_, text, peers); };
   if (!is_known) return work();
   const std::lock_guard lock(mutex_);
   const std::uint64_t mine = tensors[0].nbytes();

@@ -59,19 +59,27 @@ c10::intrusive_ptr<c10d::Work> Starter::start(Request request, Body body) {
     work->submit(std::move(turn));
     return work;
   }
-  try {
-    work->run(turn);
-  } catch (const Interruption& error) {  // maybe before its turn has come
-    abort("rank " + std::to_string(rank_) + " was interrupted (" + error.name() + ")");
-    throw;
-  }
+  work->run(turn, [this] { skip(); });
   return work;
 }
 
-// Breaks the group, and tells the other hosts, which would wait for this rank's part.
-void Starter::abort(const std::string& why) {
-  group_.abort(why);
-  if (spans_hosts()) tell_other_hosts();
+// Called while an exception is under way that has come before this rank's part had its turn.
+void Starter::skip() {
+  group_.abort(reason());
+  // What has the turn now uses the connections.
+  if (spans_hosts()) turns_->enqueue([this] { tell_other_hosts(); });
+}
+
+// What the exception under way means to the other ranks.
+std::string Starter::reason() const {
+  const std::string who = "rank " + std::to_string(rank_);
+  try {
+    throw;
+  } catch (const Interruption& error) {
+    return who + " was interrupted (" + error.name() + ")";
+  } catch (const std::exception& error) {
+    return who + " failed: " + text_of(error);
+  }
 }
 
 void Starter::run(const Body& body, std::chrono::milliseconds timeout) {
@@ -82,11 +90,10 @@ void Starter::run(const Body& body, std::chrono::milliseconds timeout) {
   } catch (const shm::Error& error) {
     if (spans_hosts()) tell_other_hosts();
     TORCH_CHECK_WITH(DistBackendError, false, error.what());
-  } catch (const Interruption&) {
-    throw;
-  } catch (const std::exception& error) {
+  } catch (const std::exception&) {
     // This rank may not have begun what the others are in.
-    abort("rank " + std::to_string(rank_) + " failed: " + text_of(error));
+    group_.abort(reason());
+    if (spans_hosts()) tell_other_hosts();
     throw;
   }
 }
@@ -113,7 +120,7 @@ void Starter::announce(shm::Kind kind) {
     turns_->submit(body);
     return;
   }
-  as_torch_error([&] { turns_->run(body); });
+  as_torch_error([&] { turns_->run(body, [this] { skip(); }); });
 }
 
 void Starter::refuse(const std::string& why) {
@@ -142,6 +149,15 @@ void Starter::check_usable() const {
                    "use it; call init_process_group() here, or start the process by spawn");
   TORCH_CHECK_WITH(DistBackendError, !has_left_, "fastddp: rank ", rank_,
                    ": the process group was destroyed; make another one");
+  check_not_within();
+}
+
+// What waits for a turn would wait for itself.
+void Starter::check_not_within() const {
+  TORCH_CHECK_WITH(DistBackendError, !turns_->is_within(), "fastddp: rank ", rank_,
+                   ": a signal handler that was called within a collective has used the process "
+                   "group of that collective; raise an exception in the handler instead, and use "
+                   "the group where that is caught");
 }
 
 bool Starter::is_idle() const {
@@ -150,6 +166,7 @@ bool Starter::is_idle() const {
 }
 
 void Starter::leave(std::chrono::milliseconds patience) {
+  check_not_within();
   has_left_ = true;
   // What is under way ends well if the other ranks come to it.
   const bool ended = turns_->wait_until_idle(patience);

@@ -6,11 +6,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "bind/bind.h"
 #include "core/board.h"
+#include "core/events.h"
 #include "core/slow_wait.h"
 
 namespace py = pybind11;
@@ -37,6 +40,7 @@ void check_signals() {
   if (PyErr_CheckSignals() == 0) return;
   const auto* const type = reinterpret_cast<const PyTypeObject*>(PyErr_Occurred());
   board::note_interrupt();
+  events::record(events::Kind::kInterrupted);
   throw PythonInterruption(type->tp_name);  // fetches the exception that is set
 }
 

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <ctime>
-#include <limits>
 
 namespace fastddp::board {
 namespace {
@@ -21,6 +20,21 @@ std::atomic<std::uint32_t> models_taken{0};
 std::atomic<std::uint32_t> waits_taken{0};
 
 constexpr auto kRelaxed = std::memory_order_relaxed;
+
+constexpr std::uint64_t kInterrupted = 1;  // Ending.INTERRUPTED in fastddp/watch/layout.py
+
+// The kernel's number of this thread, asked for once, and again after a fork.
+std::atomic<std::uint64_t> generation{0};
+
+std::uint64_t this_thread() {
+  thread_local std::uint64_t asked = ~std::uint64_t{0};
+  thread_local std::uint64_t me = 0;
+  if (const std::uint64_t now = generation.load(kRelaxed); asked != now) {
+    asked = now;
+    me = static_cast<std::uint64_t>(::syscall(SYS_gettid));
+  }
+  return me;
+}
 
 std::size_t take(std::atomic<std::uint32_t>& taken, std::size_t places) {
   std::uint32_t before = taken.load(kRelaxed);
@@ -45,29 +59,33 @@ std::uint64_t monotonic_ns() {
 
 }  // namespace
 
-void use(void* memory) { words.store(static_cast<Word*>(memory), std::memory_order_release); }
+void use(void* memory) {
+  words.store(static_cast<Word*>(memory), std::memory_order_release);
+  generation.fetch_add(1);
+  if (memory == nullptr) waits_taken = 0;  // a forked child has none of its parent's other threads
+}
 
 void note_issuer() {
   Word* const board = words.load(std::memory_order_acquire);
   if (board == nullptr) return;
-  thread_local const auto me = static_cast<std::uint64_t>(::syscall(SYS_gettid));
-  const std::uint64_t before = board[kIssuer].load(kRelaxed);
-  if (before == me) return;
-  board[kIssuer].store(me, kRelaxed);
-  if (before != 0) board[kHandOvers].fetch_add(1, kRelaxed);
+  if (board[kEnding].load(kRelaxed) == kInterrupted) board[kEnding].store(0, kRelaxed);  // goes on
+  const std::uint64_t me = this_thread();
+  if (board[kIssuer].load(kRelaxed) == me) return;
+  const std::uint64_t before = board[kIssuer].exchange(me, kRelaxed);
+  if (before != 0 && before != me) board[kHandOvers].fetch_add(1, kRelaxed);
 }
 
 void note_interrupt() {
-  constexpr std::uint64_t kInterrupted = 1;  // Ending.INTERRUPTED in fastddp/watch/layout.py
+  std::uint64_t none = 0;  // a process that is ending stays so
   if (Word* const board = words.load(std::memory_order_acquire); board != nullptr)
-    board[kEnding].store(kInterrupted, kRelaxed);
+    board[kEnding].compare_exchange_strong(none, kInterrupted);
 }
 
 // ---- models ----------------------------------------------------------------------------
 
 ModelPlace::ModelPlace(std::uint32_t owner, std::uint64_t group)
     : owner_(owner), group_(group), place_(take(models_taken, kNativeModels)) {
-  set_phase(0, 0);
+  set_phase(Phase::kBetween, 0);
 }
 
 ModelPlace::~ModelPlace() {
@@ -75,14 +93,16 @@ ModelPlace::~ModelPlace() {
   give_back(models_taken, place_, kNativeModels);
 }
 
-// All words but the last parameter, since the board may be younger than the model.
-void ModelPlace::set_phase(std::uint64_t phase, std::uint64_t steps) {
+// The first two as well, since the board may be younger than the model.
+void ModelPlace::set_phase(Phase phase, std::uint64_t steps) {
   put(kOwner, owner_);
   put(kGroup, group_);
-  put(kPhase, phase);
+  put(kPhase, static_cast<std::uint64_t>(phase));
   put(kSteps, steps);
-  put(kLastParam, 0);
-  put(kLaunched, 0);
+  if (phase == Phase::kFilling) {
+    put(kLastParam, 0);
+    put(kLaunched, 0);
+  }
   put(kChanged, monotonic_ns());
 }
 

@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <string>
 
+#include "core/phase.h"
+
 namespace fastddp {
 
 namespace board {
@@ -115,7 +117,7 @@ class ModelPlace {
   ModelPlace(const ModelPlace&) = delete;
   ModelPlace& operator=(const ModelPlace&) = delete;
 
-  void set_phase(std::uint64_t phase, std::uint64_t steps);
+  void set_phase(Phase phase, std::uint64_t steps);
   void set_launched(std::uint64_t launched) { put(kLaunched, launched); }
   void set_last_param(std::size_t index) { put(kLastParam, index + 1); }
 

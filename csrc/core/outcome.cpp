@@ -40,10 +40,11 @@ std::exception_ptr Outcome::error() const {
 
 bool Outcome::wait(std::chrono::milliseconds timeout) const {
   using std::chrono::steady_clock;
+  std::unique_lock lock(mutex_);
+  if (set_) return true;
   const auto begin = steady_clock::now();
   const auto end = timeout.count() > 0 ? deadline_in(timeout) : steady_clock::time_point::max();
   std::optional<SlowWait> slow;
-  std::unique_lock lock(mutex_);
   while (true) {
     const auto look = std::min(steady_clock::now() + kLookAround, end);
     if (changed_.wait_until(lock, look, [this] { return set_; })) return true;

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <mutex>
+#include <memory>
 #include <utility>
 
 namespace fastddp {
@@ -14,13 +14,13 @@ namespace {
 std::atomic<void (*)()> signal_check{nullptr};
 
 struct Order {
-  std::uint64_t since_ns = 0;  // of the wait that has the place now; 0 for none
-  std::string text;            // empty: to go on waiting
+  std::uint64_t since_ns;  // of the wait that it is for
+  std::string text;
 };
 
-// Only slow waits come here, every kLookAround.
-std::mutex orders_mutex;
-std::array<Order, board::kNativeWaits> orders;
+// By place. Without a lock, which another thread of the parent might have held at a fork.
+std::array<std::atomic<std::uint64_t>, board::kNativeWaits> waits_since;  // 0: takes no orders
+std::array<std::atomic<Order*>, board::kNativeWaits> orders;
 
 std::uint64_t since_ns(std::chrono::nanoseconds lasted) {
   // The steady clock is CLOCK_MONOTONIC, which is what Python's time.monotonic_ns() reads.
@@ -41,15 +41,15 @@ SlowWait::SlowWait(const What& what, std::string text, std::chrono::nanoseconds 
   words_[board::kLabel] = what.label;
   words_[board::kThread] = static_cast<std::uint64_t>(::syscall(SYS_gettid));
   words_[board::kSource] = static_cast<std::uint64_t>(what.source);
-  if (place_.index() == board::kNativeWaits) return;
-  const std::lock_guard lock(orders_mutex);
-  orders[place_.index()] = {words_[board::kSince], {}};
+  // What another thread of this process waits in is ended there.
+  if (place_.index() < board::kNativeWaits && what.source != board::Source::kOwnThread)
+    waits_since[place_.index()] = words_[board::kSince];
 }
 
 SlowWait::~SlowWait() {
   if (place_.index() == board::kNativeWaits) return;
-  const std::lock_guard lock(orders_mutex);
-  orders[place_.index()] = {};
+  waits_since[place_.index()] = 0;
+  delete orders[place_.index()].exchange(nullptr);
 }
 
 void SlowWait::look(std::uint64_t missing, std::uint64_t unfinished) {
@@ -58,19 +58,15 @@ void SlowWait::look(std::uint64_t missing, std::uint64_t unfinished) {
   place_.write(words_, text_);
   if (auto* const check = signal_check.load()) check();
   if (place_.index() == board::kNativeWaits) return;
-  std::string text;
-  {
-    const std::lock_guard lock(orders_mutex);
-    text.swap(orders[place_.index()].text);
-  }
-  if (!text.empty()) throw WaitFailed(text);
+  const std::unique_ptr<const Order> order(orders[place_.index()].exchange(nullptr));
+  // One that came late for the wait before is none for this one.
+  if (order && order->since_ns == words_[board::kSince]) throw WaitFailed(order->text);
 }
 
 bool fail_wait(std::size_t place, std::uint64_t since_ns, const std::string& text) {
   if (place >= board::kNativeWaits || since_ns == 0) return false;
-  const std::lock_guard lock(orders_mutex);
-  if (orders[place].since_ns != since_ns) return false;
-  orders[place].text = text;
+  if (waits_since[place] != since_ns) return false;
+  delete orders[place].exchange(new Order{since_ns, text});
   return true;
 }
 

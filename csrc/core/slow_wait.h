@@ -29,8 +29,10 @@ class Interruption {
   virtual std::string name() const = 0;
 };
 
-// Has `check` called by each look-around of each wait. It throws an Interruption if a signal
-// handler has raised; it returns at once in threads that do not handle signals.
+// Has `check` called by each look-around of each wait. It may take the GIL, and so wait for a
+// thread of the script that holds it; whoever looks around holds no lock that such a thread takes.
+// It throws an Interruption if a signal handler has raised; it returns at once in threads that do
+// not handle signals.
 void set_signal_check(void (*check)());
 
 // What a wait that was ordered to fail throws, with the text of the order.

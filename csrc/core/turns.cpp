@@ -15,9 +15,10 @@ thread_local bool is_worker = false;
 
 }  // namespace
 
-void Turns::run(const Body& body) {
+void Turns::run(const Body& body, const Body& at_skip) {
   sweep();  // before the turn is taken: it may run a destructor that takes one
-  await_turn();
+  await_turn(at_skip);
+  runner_ = std::this_thread::get_id();
   try {
     body();
   } catch (...) {
@@ -27,12 +28,13 @@ void Turns::run(const Body& body) {
   end_turn();
 }
 
-void Turns::await_turn() {
+void Turns::await_turn(const Body& at_skip) {
   using std::chrono::steady_clock;
-  const auto begin = steady_clock::now();
-  std::optional<SlowWait> slow;
   std::unique_lock lock(mutex_);
   const std::uint64_t turn = next_++;
+  if (now_ == turn) return;
+  const auto begin = steady_clock::now();
+  std::optional<SlowWait> slow;
   while (!changed_.wait_for(lock, kLookAround, [&] { return now_ == turn; })) {
     lock.unlock();  // what follows may run Python
     try {
@@ -42,26 +44,26 @@ void Turns::await_turn() {
                      steady_clock::now() - begin);
       slow->look();
     } catch (...) {
+      if (at_skip) at_skip();
       lock.lock();
-      give_up(turn);
+      given_up_.insert(turn);
+      skip();
       throw;
     }
     lock.lock();
   }
 }
 
-// Has nothing run when that turn comes: those behind it wait for it to end.
-void Turns::give_up(std::uint64_t turn) {
-  ensure_a_free_thread();
-  const auto behind =
-      std::find_if(queue_.begin(), queue_.end(), [&](const Job& job) { return job.turn > turn; });
-  queue_.insert(behind, {turn, [] {}, std::make_shared<Outcome>()});
-  changed_.notify_all();
-}
-
 void Turns::end_turn() {
   const std::lock_guard lock(mutex_);
+  runner_ = std::thread::id();
   ++now_;
+  skip();
+}
+
+// Goes on to the next turn that somebody waits for, and tells all that the turn has changed.
+void Turns::skip() {
+  while (given_up_.erase(now_) != 0) ++now_;
   changed_.notify_all();
 }
 
@@ -126,7 +128,7 @@ void Turns::work() {
     lock.lock();
     ended_.push_back(std::move(job));
     ++now_;
-    changed_.notify_all();
+    skip();
     lock.unlock();
     const bool has_listener = outcome->set(error);
     lock.lock();

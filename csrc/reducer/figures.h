@@ -18,6 +18,7 @@
 
 #include "core/events.h"
 #include "core/plan.h"
+#include "core/slow_wait.h"
 #include "tensor/error_text.h"
 
 namespace fastddp {
@@ -61,6 +62,9 @@ class Figures {
   void noting_errors(Entry entry) {
     try {
       entry();
+    } catch (const Interruption&) {  // not an error of the model's
+      events::record(events::Kind::kError, owner_);
+      throw;
     } catch (const std::exception& error) {
       events::record(events::Kind::kError, owner_);
       set_error(text_of(error));  // the text may take the GIL, so it is made before any lock

@@ -31,6 +31,15 @@ class WithoutPythonObjects {
   at::impl::ThreadLocalPythonObjects saved_ = at::impl::ThreadLocalPythonObjects::get_state();
 };
 
+// Of its backend for CPU tensors.
+std::string name_of_backend(c10d::ProcessGroup& group) {
+  try {
+    return group.getBackend(at::kCPU)->getBackendName();
+  } catch (const c10::Error&) {  // a group of the user's making, which has no backends
+    return {};
+  }
+}
+
 std::uint64_t id_of(const c10d::ProcessGroup& group) {
   try {
     return board::id_of(group.getGroupName());
@@ -43,13 +52,13 @@ std::uint64_t id_of(const c10d::ProcessGroup& group) {
 
 Group::Group(const c10::intrusive_ptr<c10d::ProcessGroup>& group,
              std::uint32_t owner,
-             bool is_patient)
+             c10::Device device)
     : group_(group),
       owner_(owner),
       rank_(group->getRank()),
       size_(group->getSize()),
       id_(id_of(*group)),
-      is_patient_(is_patient) {}
+      is_patient_(device.is_cpu() && name_of_backend(*group) == "gloo") {}
 
 c10::intrusive_ptr<c10d::ProcessGroup> Group::get() const {
   auto group = group_.lock();
@@ -99,13 +108,7 @@ c10::intrusive_ptr<c10d::Work> Group::broadcast(std::vector<at::Tensor>& tensors
   return get()->broadcast(tensors);
 }
 
-bool runs_inline(c10d::ProcessGroup& group) {
-  try {
-    return group.getBackend(at::kCPU)->getBackendName() == "shm";
-  } catch (const c10::Error&) {  // a group of the user's making, which has no backends
-    return false;
-  }
-}
+bool runs_inline(c10d::ProcessGroup& group) { return name_of_backend(group) == "shm"; }
 
 std::shared_ptr<LaunchOrder> order_of(const c10d::ProcessGroup& group) {
   static std::mutex mutex;

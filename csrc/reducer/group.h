@@ -21,8 +21,10 @@ namespace fastddp {
 class Group {
  public:
   // `owner` is the number that tells the collectives of one reducer from those of another.
-  // `is_patient`: whether the host waits for works, and they do not look around for themselves.
-  Group(const c10::intrusive_ptr<c10d::ProcessGroup>& group, std::uint32_t owner, bool is_patient);
+  // `device` is that of all tensors.
+  Group(const c10::intrusive_ptr<c10d::ProcessGroup>& group,
+        std::uint32_t owner,
+        c10::Device device);
 
   int rank() const { return rank_; }
   int size() const { return size_; }
@@ -49,6 +51,8 @@ class Group {
   const int rank_;
   const int size_;
   const std::uint64_t id_;
+  // Whether waits for works look around here: the host waits for gloo, which does not, and puts up
+  // with short waits. Other transports may take the end of a short wait for a failure.
   const bool is_patient_;
 };
 

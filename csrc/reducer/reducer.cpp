@@ -33,8 +33,7 @@ Context context_of(const std::vector<at::Tensor>& params,
   const auto number = owner.number;
   const auto device = params.empty() ? c10::Device(c10::kCPU) : params.front().device();
   const bool is_inline = !params.empty() && device.is_cpu() && runs_inline(*group);
-  const bool is_patient = device.is_cpu() && !is_inline;
-  return {std::move(owner), Group(group, number, is_patient), device, lazy, is_inline};
+  return {std::move(owner), Group(group, number, device), device, lazy, is_inline};
 }
 
 std::unique_ptr<const Filler> make_filler(bool is_fused,
@@ -504,8 +503,7 @@ void Reducer::drop_round(Phase then) {
 
 void Reducer::move_to(Phase phase) {
   phase_.move_to(phase);
-  on_board_.set_phase(static_cast<std::uint64_t>(phase),
-                      static_cast<std::uint64_t>(figures_.now().rounds));
+  on_board_.set_phase(phase, static_cast<std::uint64_t>(figures_.now().rounds));
 }
 
 void Reducer::end_round(Phase then) {

@@ -1,8 +1,8 @@
 """Waits for collectives that a signal can end: KeyboardInterrupt within a moment, not at the end.
 
 A wait in C++ holds signals up, because Python runs their handlers between its own instructions
-only. The shared-memory backend looks for signals itself (``csrc/core/slow_wait.h``); waits for
-other transports are cut into short ones here.
+only. The shared-memory backend looks for signals itself (``csrc/core/slow_wait.h``); waits for gloo
+are cut into short ones here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ WayToWait = Callable[[Work, What], object]
 
 def is_shm(group: ProcessGroup, device: torch.device) -> bool:
     """Returns whether a group's collectives of a device's tensors go through our own backend."""
+    return _name_of_backend(group, device) == "shm"
+
+
+def _name_of_backend(group: ProcessGroup, device: torch.device) -> str:
+    """Returns the name of the backend for a device's tensors; empty for another than the CPU."""
     if device.type != "cpu":
-        return False
+        return ""
     try:
-        return bool(group._get_backend(device).name() == "shm")
+        return str(group._get_backend(device).name())
     except RuntimeError:  # a group of the user's making, which has no backends
-        return False
+        return ""
 
 
 def wait_for(work: Work, group: ProcessGroup, device: torch.device | None = None) -> None:
@@ -59,8 +64,9 @@ def way_to_wait(group: ProcessGroup, device: torch.device) -> WayToWait:
         group: the process group.
         device: the device of the collectives' tensors.
     """
-    looks_around = device.type != "cpu" or is_shm(group, device)
-    return _wait_whole if looks_around else _wait_in_slices
+    # Other transports may take the end of a short wait for a failure.
+    is_gloo = _name_of_backend(group, device) == "gloo"
+    return _wait_in_slices if is_gloo else _wait_whole
 
 
 def _wait_whole(work: Work, _: What) -> None:

@@ -8,6 +8,8 @@ from fastddp.watch import board
 from fastddp.watch.board import Board
 from fastddp.watch.layout import Model
 
+_FILLING = 1  # Phase::kFilling in csrc/core/phase.h
+
 
 class ModelPlace:
     """A model's place on the board, from the first round that has a board until :meth:`free`.
@@ -35,8 +37,9 @@ class ModelPlace:
         self._put(Model.GROUP, self._group)
         self._put(Model.PHASE, phase)
         self._put(Model.STEPS, steps)
-        self._put(Model.LAST_PARAM, 0)
-        self._put(Model.LAUNCHED, 0)
+        if phase == _FILLING:
+            self._put(Model.LAST_PARAM, 0)
+            self._put(Model.LAUNCHED, 0)
         self._put(Model.CHANGED, time.monotonic_ns())
 
     def set_last_param(self, index: int) -> None:

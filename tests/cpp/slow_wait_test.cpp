@@ -22,6 +22,7 @@ using fastddp::fail_wait;
 using fastddp::Interruption;
 using fastddp::kLookAround;
 using fastddp::Outcome;
+using fastddp::Phase;
 using fastddp::set_signal_check;
 using fastddp::SlowWait;
 using fastddp::Turns;
@@ -215,7 +216,7 @@ TEST(a_model_is_on_the_board_for_its_life) {
   const Board board;
   {
     board::ModelPlace model(11, 12);
-    model.set_phase(1, 5);
+    model.set_phase(Phase::kFilling, 5);
     model.set_last_param(3);
     model.set_launched(2);
     CHECK(board.model(0, board::kOwner) == 11);

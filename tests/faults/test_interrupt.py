@@ -109,7 +109,6 @@ CALLS: dict[str, Callable[[Any], object]] = {
     ).wait(),
     "barrier": lambda group: dist.barrier(group=group),
     "all_to_all": lambda group: dist.all_to_all_single(torch.ones(2), torch.ones(2), group=group),
-    "recv": lambda group: dist.recv(torch.ones(2), 1, group=group),
 }
 
 
@@ -123,7 +122,7 @@ def _in_a_call_of_the_script(rank: int, _size: int, name: str) -> str:
         store.wait(["told"], GROUP_TIMEOUT)
         return raised
     store.wait(["interrupted"], GROUP_TIMEOUT)
-    told = "" if name == "recv" else _told_of_rank_0(store, lambda: CALLS[name](group))
+    told = _told_of_rank_0(store, lambda: CALLS[name](group))
     store.set("told", b"")
     return told
 
