@@ -52,8 +52,11 @@ class Board:
         self.fd = _memory_file(8 * WORDS)
         """The descriptor of the memory; -1 if no other process can read it."""
         self._memory = mmap.mmap(self.fd, 8 * WORDS)
+        # C++ has the address, and threads of C++ outlive this module when the interpreter ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._memory))
         self._words = memoryview(self._memory).cast("Q")
-        self._lock = threading.Lock()
+        # A signal handler, or a reducer that is freed while this is held, may come here again.
+        self._lock = threading.RLock()
         self._free_models = set(range(NATIVE_MODELS, MODELS))
         self._free_waits = set(range(NATIVE_WAITS, WAITS))
         self._orders: dict[int, str] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import struct
 import threading
@@ -261,6 +263,31 @@ def test_there_is_one_board_unless_it_is_turned_off(monkeypatch: pytest.MonkeyPa
     assert made is not None
     assert made is board.make() is board.own()
     board._use(0)
+
+
+def test_the_memory_of_a_board_is_never_freed() -> None:
+    pid = os.fork()
+    if pid == 0:
+        own = Board()
+        address = own.address
+        del own
+        gc.collect()
+        os._exit(ctypes.c_uint64.from_address(address).value != layout.MAGIC)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0
+
+
+def test_a_thread_may_come_to_the_board_while_it_is_there(own: Board) -> None:
+    places: list[int | None] = []
+
+    def interrupted() -> None:
+        with own._lock:
+            places.append(own.begin_wait(Source.NAMED, "in a signal handler", since_ns=1))
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert places
 
 
 def test_a_forked_child_has_no_board(monkeypatch: pytest.MonkeyPatch) -> None:
