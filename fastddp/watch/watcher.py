@@ -157,10 +157,11 @@ class _Thread:
         with self._lock:
             if self._thread is None:
                 watcher = Watcher(own_board, self.clerk)
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, args=(watcher,), name="fastddp watch", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                self._thread = thread
                 self.clerk.start()
 
     def stop(self) -> None:
@@ -191,11 +192,20 @@ def watch_group(name: str, ranks: Sequence[int], index: int, store: Any) -> None
         ranks: the global ranks of the members, by rank in the group.
         index: this process's rank in the group.
         store: the group's store; not kept alive.
+
+    Raises:
+        ValueError: if ``FASTDDP_STALL`` or ``FASTDDP_STALL_SECONDS`` is not valid. A system that
+            does not let the group be watched is no error.
     """
-    if groups.watch_group(name, ranks, index, store):
-        own_board = board.own()
-        if own_board is not None:
-            _thread.start(own_board)
+    config.stall()
+    config.stall_seconds()
+    try:
+        if groups.watch_group(name, ranks, index, store):
+            own_board = board.own()
+            if own_board is not None:
+                _thread.start(own_board)
+    except Exception:  # such as no memory for another thread
+        _log.debug("group %s is not watched", name, exc_info=True)
 
 
 def begin(call: str, group_name: str) -> NamedWait:
