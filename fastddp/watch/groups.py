@@ -150,8 +150,8 @@ def watch_group(name: str, ranks: Sequence[int], index: int, store: Any) -> bool
     own = board.make()
     if own is None:
         return False
-    if own.read().rank is None:
-        own.put(Header.RANK, ranks[index])
+    if name == names.DEFAULT_GROUP or not any(group.is_alive for group in [*_groups.values()]):
+        own.put(Header.RANK, ranks[index])  # it may be another one than in an earlier world
     group = Watched(name, ranks, index, store)
     try:
         store.set(_key(index), str(own_address(own.fd)))
