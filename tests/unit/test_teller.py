@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 
-from fastddp.watch import board, teller
+from fastddp.watch import board, groups, teller
 from fastddp.watch.board import Board
-from fastddp.watch.layout import Header, Source
-from fastddp.watch.process import Kind
+from fastddp.watch.layout import Ending, Header, Source
+from fastddp.watch.process import Kind, born
 from fastddp.watch.sight import Sight
 from fastddp.watch.teller import Teller
 from fastddp.watch.timing import Timing
 from fastddp.watch.view import Facts, Member, View
-from tests.unit.boards import STATE, WORLD, Rank, wait
+from tests.unit.boards import NET, STATE, WORLD, Rank, model, wait
 
 STALL_S = 10.0
 AT_BARRIER = Rank([wait(Source.SCRIPT, number=0, text="barrier")])
@@ -77,4 +77,40 @@ def test_a_collective_of_the_script_is_told_if_a_rank_is_missing(
     view = seen_by_rank_0(own, other)
     (mine,) = own.read().waits
     Teller(NoSight(), Timing(STALL_S)).tell(view, mine, STALL_S)
+    assert bool(said) == is_told
+
+
+@pytest.mark.parametrize(
+    ("moved", "ending", "is_told"),
+    [
+        pytest.param(True, Ending.NO, True, id="it has come"),
+        pytest.param(False, Ending.NO, False, id="a timeout"),
+        pytest.param(True, Ending.INTERRUPTED, False, id="Ctrl-C here"),
+    ],
+)
+def test_the_end_of_a_wait_is_told_if_the_others_came(
+    moved: bool,
+    ending: Ending,
+    is_told: bool,
+    own: Board,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = own.begin_wait(Source.BACKWARD, "a bucket", since_ns=1, group=WORLD, label=NET << 32)
+    them = Rank(models=[model(steps=5)])
+    view = seen_by_rank_0(own, them)
+    board_ = view.board(1)
+    assert board_ is not None
+    here = replace(board_, pid=os.getpid(), born=born(os.getpid()) or 0)
+    view = replace(view, members={**view.members, 1: replace(view.members[1], board=here)})
+    later = replace(here, models=(model(steps=6),)) if moved else here
+    monkeypatch.setattr(groups, "board_of", {1: later}.get)
+    (mine,) = own.read().waits
+    told = Teller(NoSight(), Timing(STALL_S))
+    told.tell(view, mine, STALL_S)
+    assert said
+    said.clear()
+    own.end_wait(place)
+    own.put(Header.ENDING, ending)
+    told.tell_ends(own.read(), view.now_ns)
     assert bool(said) == is_told
