@@ -21,10 +21,10 @@ def describe_wait(wait: WaitSeen, board: Snapshot | None) -> str:
         inside = model.in_bucket(wait.bucket)
         text = f"the all-reduce of bucket {wait.bucket} of {title}"
         text += f" ({inside})" if inside else ""
-        group = names.of_group(wait.group)
-        text += f" on group '{group}'" if group else ""
-    elif wait.source is Source.SCRIPT:
+    if wait.source is Source.SCRIPT:
         text = f"the script's own {text}"
+    elif group := names.of_group(wait.group):
+        text += f" on group '{group}'"
     step = _step(wait, board)
     return f"{text}, step {step}" if step else text
 

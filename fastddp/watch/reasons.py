@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from fastddp.watch.frames import Frame, place_in_script
 from fastddp.watch.layout import Source
@@ -97,20 +97,25 @@ def why_apart(
         view: what is known of the ranks.
         places: the places in the script, as far as they are known better than from the view.
     """
-    in_backward = {rank: wait for rank, wait in stuck.items() if wait.bucket is not None}
-    others = {rank: wait for rank, wait in stuck.items() if wait.bucket is None}
-    if not in_backward or not others:
-        if len({(wait.owner, wait.group) for wait in in_backward.values()}) > 1:
-            return (
-                "the ranks run backwards of different models",
-                "have all ranks take the same branches, in the same order",
-            )
+    in_step = {rank: wait for rank, wait in stuck.items() if wait.bucket is not None}
+    if not in_step:
+        in_step = {rank: wait for rank, wait in stuck.items() if _is_of_forward(wait)}
+    others = {rank: wait for rank, wait in stuck.items() if rank not in in_step}
+    if _are_of_different_models(stuck.values()):
+        backwards = (
+            "backwards of " if not others and all(w.bucket for w in in_step.values()) else ""
+        )
+        return (
+            f"the ranks run {backwards}different models",
+            "have all ranks take the same branches, in the same order",
+        )
+    if not in_step or not others:
         return _REASONS[Cause.ELSEWHERE]
-    here, there = min(in_backward), min(others)
+    here, there = min(in_step), min(others)
     wait = others[there]
-    done = steps_done(view, there, in_backward[here])
+    done = steps_done(view, there, in_step[here])
     after = f" after step {done}" if done is not None else ""
-    if wait.text.endswith("before forward"):
+    if _is_of_forward(wait):
         return (
             f"rank {there} has begun another forward{after}, without the backward that rank {here}"
             " is in",
@@ -137,6 +142,17 @@ def steps_done(view: View, rank: int, wait: WaitSeen) -> int | None:
     board = view.board(rank)
     model = board.model(wait.owner, wait.group) if board is not None and wait.owner else None
     return model.steps if model is not None else None
+
+
+def _are_of_different_models(waits: Collection[WaitSeen]) -> bool:
+    """Whether the waits inside of steps tell of more than one model; some know the group only."""
+    backwards = {(wait.owner, wait.group) for wait in waits if wait.bucket is not None}
+    forwards = {wait.group for wait in waits if _is_of_forward(wait)}
+    return len(backwards) > 1 or len(forwards | {group for _, group in backwards}) > 1
+
+
+def _is_of_forward(wait: WaitSeen) -> bool:
+    return wait.text.endswith("before forward")
 
 
 def _is_in_backward(absence: Absence) -> bool:

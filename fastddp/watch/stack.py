@@ -166,7 +166,9 @@ def _ask_thread(pid: int, born: int, file: int, patience_s: float) -> list[Frame
     while time.monotonic() < deadline and process.state_of(pid, born).runs:
         if os.fstat(file).st_size > len(_QUESTION):
             time.sleep(_LOOK_S)  # it is truncated first, and then written at once
-            return parse(os.pread(file, _MAX_BYTES, 0).decode("ascii", errors="replace"))
+            frames = parse(os.pread(file, _MAX_BYTES, 0).decode("ascii", errors="replace"))
+            if frames:  # else somebody else has just asked the same process
+                return frames
         answer()  # that thread may be in here too, and wait for this one
         time.sleep(_LOOK_S)
     return []

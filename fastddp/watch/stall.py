@@ -51,6 +51,12 @@ class Absence:
     waits_for: tuple[int, ...] = ()
     """The ranks that it waits for there."""
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the rank has not used the group yet, or, on another host, has not answered."""
+        member = self.member
+        return self.cause is Cause.NOT_SEEN and member.board is None and not member.answer
+
 
 @dataclass(frozen=True)
 class Stall:
@@ -80,6 +86,12 @@ class Stall:
         """Whether the ranks that are waited for compute: they compile, or evaluate."""
         roots = self.roots
         return bool(roots) and all(absence.cause is Cause.BUSY for absence in roots)
+
+    @property
+    def is_of_unknown(self) -> bool:
+        """Whether nothing at all is known of the ranks that are waited for."""
+        roots = self.roots
+        return bool(roots) and all(absence.is_unknown for absence in roots)
 
 
 def judge(view: View, rank: int, wait: WaitSeen, lasted_s: float) -> Stall:
@@ -126,7 +138,7 @@ def cause_of(member: Member, now_ns: int) -> Cause:
     if facts is not None and (cause := _of_process(facts)) is not None:
         return cause
     if board is None:
-        return Cause.ELSEWHERE if member.note else Cause.NOT_SEEN
+        return Cause.ELSEWHERE if member.note else cause_answered(member.answer)
     if board.ending is Ending.EXITING:
         return Cause.EXITING
     if waits_of(board):
@@ -143,6 +155,14 @@ def cause_of(member: Member, now_ns: int) -> Cause:
     if now_ns - board.seen_ns > FRESH_NS:
         return Cause.HOLDS_GIL
     return Cause.INPUT if is_input(facts.frames) else Cause.SLEEPS
+
+
+_ANSWERED = {cause.name: cause for cause in (Cause.BUSY, Cause.DEBUGGED, Cause.INPUT, Cause.SLEEPS)}
+
+
+def cause_answered(answer: str) -> Cause:
+    """Returns what a rank of another host does by the first word of what it has answered."""
+    return _ANSWERED.get(answer.partition(" ")[0], Cause.NOT_SEEN)
 
 
 def _of_process(facts: Facts) -> Cause | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastddp.watch import board, events, named, text
 from fastddp.watch.frames import is_at_breakpoint, own, place_in_script
+from fastddp.watch.layout import Source
 from fastddp.watch.meeting_points import reached_from, waits_of
 from fastddp.watch.process import Kind, state_of
 from fastddp.watch.say import say
@@ -17,6 +18,9 @@ from fastddp.watch.view import View
 
 _BUSY_FACTOR = 30
 """Of ranks that compute, the others tell only after that many times the seconds."""
+_UNKNOWN_FACTOR = 3
+"""Of ranks that have not begun nothing is known: as a rule they import, or load data. Those of
+other hosts take a while to answer."""
 
 
 @dataclass
@@ -56,7 +60,10 @@ class Teller:
             return
         view = self._sight.with_cpu(view, reached_from(view, [view.me]))
         stall = judge(view, view.me, wait, observed_s)
-        if stall.is_busy and observed_s < _BUSY_FACTOR * self._timing.stall_s:
+        if wait.source is Source.SCRIPT and not stall.absences:
+            return  # all have called it: the transfer takes long
+        factor = _BUSY_FACTOR if stall.is_busy else _UNKNOWN_FACTOR if stall.is_of_unknown else 1
+        if observed_s < factor * self._timing.stall_s:
             return
         view = self._sight.with_stacks(view, [absence.rank for absence in stall.absences])
         stall = judge(view, view.me, wait, observed_s)

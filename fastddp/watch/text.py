@@ -10,8 +10,8 @@ from fastddp.watch.frames import Frame, caller_in_script, place_in_script
 from fastddp.watch.meeting_points import waits_of
 from fastddp.watch.reasons import likely, why_apart
 from fastddp.watch.snapshot import FILLING, Snapshot, WaitSeen
-from fastddp.watch.stall import Absence, Cause, Stall
-from fastddp.watch.view import Facts, View
+from fastddp.watch.stall import Absence, Cause, Stall, cause_of
+from fastddp.watch.view import Facts, Member, View
 
 _MAX_RANKS = 16
 _MAX_LINES = 4  # of ranks that have not come
@@ -124,6 +124,8 @@ def _about(absence: Absence) -> str:
 def _doing(absence: Absence) -> str:
     member, facts = absence.member, absence.member.facts
     cause = absence.cause
+    if member.answer and not member.note:
+        return f"it is on another host; {member.answer.partition(' ')[2]}"
     if absence.waits is not None:
         return f"it waits in {describe_wait(absence.waits, member.board)}"
     if cause is Cause.ELSEWHERE:
@@ -138,7 +140,7 @@ def _doing(absence: Absence) -> str:
         return f"it computes ({100 * facts.cpu_share:.0f} % of a core)"
     if cause is Cause.NOT_SEEN:
         if not member.is_here:
-            return f"it is on another host, {member.answer or 'and has not answered what it does'}"
+            return "it is on another host, and has not answered what it does"
         return "it has not said what it does"
     state = facts.state.text if facts is not None else cause.value
     if cause is Cause.HOLDS_GIL:
@@ -146,16 +148,19 @@ def _doing(absence: Absence) -> str:
     return state
 
 
-def answer_text(board: Snapshot, frames: Sequence[Frame]) -> str:
+def answer_text(me: Member, now_ns: int) -> str:
     """Returns what this rank does, for a rank of another host that has asked.
 
     Args:
-        board: the board of this process.
-        frames: the stack of the main thread of this process, innermost first.
+        me: what is known of this rank here.
+        now_ns: the time by the clock of boards.
+
+    Returns:
+        The name of the :class:`fastddp.watch.stall.Cause`, a space, and what it does in words.
     """
-    place = place_in_script(frames)
-    steps = [f"{model.steps} steps done" for model in board.models[:1]]
-    return "; ".join([f"at {place}", *_progress(board), *steps])
+    absence = Absence(me.rank, cause_of(me, now_ns), me)
+    steps = [f"{model.steps} steps done" for model in me.board.models[:1]] if me.board else []
+    return "; ".join([f"{absence.cause.name} {_about(absence)}", *steps])
 
 
 def _progress(board: Snapshot | None) -> Iterator[str]:

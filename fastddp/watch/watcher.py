@@ -20,13 +20,12 @@ from fastddp.watch import board, groups, named, text
 from fastddp.watch.board import Board
 from fastddp.watch.clerk import Clerk
 from fastddp.watch.correspondence import Correspondence
-from fastddp.watch.frames import own
 from fastddp.watch.layout import Header
 from fastddp.watch.meeting_points import absent_from, reached_from, together_with, waits_of
 from fastddp.watch.named import NamedWait
 from fastddp.watch.own_waits import OwnWaits
 from fastddp.watch.referee import Referee
-from fastddp.watch.sight import Sight
+from fastddp.watch.sight import Sight, look_at_me
 from fastddp.watch.stack import answer, let_ask
 from fastddp.watch.teller import Teller
 from fastddp.watch.timing import Timing
@@ -100,7 +99,7 @@ class Watcher:
         self._teller.tell_ends(self._board.read(), time.monotonic_ns())
 
     def _about_me(self) -> str:
-        return text.answer_text(self._board.read(), own())
+        return text.answer_text(look_at_me(self._board.read()), time.monotonic_ns())
 
     def _name_absent(self, view: View) -> None:
         """Has named waits know who is missing, for the error that may end them.

@@ -80,10 +80,11 @@ class Rank:
     has_board: bool = True
     is_here: bool = True
     note: str = ""
+    answer: str = ""
 
     def member(self, rank: int) -> Member:
         if not self.has_board:
-            return Member(rank, note=self.note, is_here=self.is_here)
+            return Member(rank, note=self.note, answer=self.answer, is_here=self.is_here)
         pid = 100 + rank
         board = Snapshot(
             pid=pid,

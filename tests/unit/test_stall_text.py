@@ -18,6 +18,7 @@ from fastddp.watch.stall import judge
 from tests.unit.boards import (
     AT_LOADER,
     NET,
+    NOW_NS,
     STATE,
     WORLD,
     Rank,
@@ -131,6 +132,21 @@ CASES: dict[str, tuple[Rank, str, str]] = {
         "it is on another host, and has not answered what it does",
         "rank 1 is slow, or does not call the same collectives",
     ),
+    "a computing rank of another host": (
+        Rank(has_board=False, is_here=False, answer="BUSY it computes (98 % of a core), at a.py:1"),
+        "it is on another host; it computes (98 % of a core), at a.py:1",
+        "rank 1 has more work than the others",
+    ),
+    "a sleeping rank of another host": (
+        Rank(has_board=False, is_here=False, answer="INPUT sleeping in the kernel, at a.py:1"),
+        "it is on another host; sleeping in the kernel, at a.py:1",
+        "the input of rank 1 is slow",
+    ),
+    "a strange answer of another host": (
+        Rank(has_board=False, is_here=False, answer="DEAD and more"),
+        "it is on another host; and more",
+        "rank 1 is slow, or does not call the same collectives",
+    ),
     "a note of another host": (
         Rank(has_board=False, is_here=False, note="a call"),
         "it waits in a call",
@@ -147,6 +163,38 @@ def test_a_cause_is_told(case: str) -> None:
     assert missing.startswith("  rank 1 has not come: "), missing
     assert doing in missing, missing
     assert likely.startswith(f"  likely: {reason}"), likely
+
+
+def test_what_a_rank_answers() -> None:
+    busy = Rank(models=[model(steps=5)], cpu_share=0.9)
+    at = "at /home/me/train.py:40 in main"
+    assert text.answer_text(busy.member(1), NOW_NS) == (
+        f"BUSY it computes (90 % of a core), {at}; 5 steps done"
+    )
+    asks = Rank(models=[model(steps=5, phase=1)])
+    assert text.answer_text(asks.member(1), NOW_NS) == (
+        f"SLEEPS sleeping in the kernel (hrtimer_nanosleep), {at}; in the backward of step 6, no"
+        " gradient yet; 5 steps done"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "is_unknown", "is_busy"),
+    [
+        (Rank(has_board=False), True, False),
+        (Rank(has_board=False, is_here=False), True, False),
+        (Rank(has_board=False, is_here=False, answer="BUSY at a.py:1"), False, True),
+        (Rank(has_board=False, is_here=False, answer="SLEEPS at a.py:1"), False, False),
+        (Rank(has_board=False, is_here=False, note="a call"), False, False),
+        (Rank(), False, False),
+    ],
+)
+def test_of_whom_nothing_is_known_and_who_computes(
+    rank: Rank, is_unknown: bool, is_busy: bool
+) -> None:
+    seen = view(WAITING, rank)
+    stall = judge(seen, 0, waits_of(seen.board(0))[0], 12.0)
+    assert (stall.is_of_unknown, stall.is_busy) == (is_unknown, is_busy)
 
 
 def test_who_waits_too_and_who_is_missing_is_listed_shortly() -> None:
@@ -249,3 +297,41 @@ def test_a_rank_that_has_left_the_loop_is_told_so(script: str) -> None:
     stall = judge(inside, 0, waits_of(inside.board(0))[0], 12.0)
     likely = text.stall_lines(stall, inside, Frame(script, 8, "main"))[-1]
     assert likely.startswith("  likely: rank 1 is alone in calling barrier on group '0'; next: ")
+
+
+def test_a_rank_that_has_left_the_loop_while_another_one_begins_a_forward(script: str) -> None:
+    forward = wait(Source.NAMED, number=0, text="the broadcast before forward")
+    after, inside = (Rank([BARRIER], frames=[Frame(script, line, "main")]) for line in (10, 8))
+    here = Rank([forward], frames=[Frame(script, 8, "main")])
+    for first, second, left in [(here, after, 1), (after, here, 0)]:
+        seen = view(first, second)
+        message = text.deadlock_text(deadlock(seen, 10_000_000_000), seen)
+        assert f"Likely rank {left} left the training loop: it has fewer batches" in message
+    seen = view(here, inside)
+    message = text.deadlock_text(deadlock(seen, 10_000_000_000), seen)
+    assert "Likely rank 1 is alone in calling barrier on group '0'" in message
+
+
+def test_the_same_broadcast_in_two_groups_has_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "_groups", {A: "a", B: "b"})
+    first, second = (
+        Rank([wait(Source.NAMED, group=group, number=0, text="the broadcast before forward")])
+        for group in (A, B)
+    )
+    seen = view(first, second, groups={A: [0, 1], B: [0, 1]})
+    message = text.deadlock_text(deadlock(seen, 10_000_000_000), seen)
+    for rank, group in enumerate("ab"):
+        assert f"rank {rank} waits in the broadcast before forward on group '{group}', at " in (
+            message
+        )
+    assert "Likely the ranks run different models; next: have all ranks take the same" in message
+
+
+def test_a_rank_in_a_forward_of_another_model_is_not_ahead() -> None:
+    forward = "the broadcast before forward"
+    first = Rank([wait(Source.NAMED, group=A, number=0, text=forward)])
+    second = Rank([wait(group=A, bucket=1, missing=[0, 2])])
+    third = Rank([wait(Source.NAMED, group=B, number=0, text=forward)])
+    seen = view(first, second, third, groups={A: [0, 1, 2], B: [0, 1, 2]})
+    message = text.deadlock_text(deadlock(seen, 10_000_000_000), seen)
+    assert "Likely the ranks run different models; next: have all ranks take the same" in message
