@@ -115,6 +115,16 @@ def is_at_breakpoint(frames: Sequence[Frame]) -> bool:
     return bool(frames) and bool(_ASKS.search(linecache.getline(frames[0].file, frames[0].line)))
 
 
+def is_at_end(frames: Sequence[Frame]) -> bool:
+    """Returns whether a stack is that of a main thread that is through, and joins other threads.
+
+    Args:
+        frames: the stack, innermost first.
+    """
+    outermost = frames[-1] if frames else Frame("", 0, "")
+    return outermost.function == "_shutdown" and Path(outermost.file).name == "threading.py"
+
+
 def _near(file: str) -> str:
     """Returns a shorter name of a file below the working directory."""
     try:

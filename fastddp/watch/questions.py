@@ -24,7 +24,7 @@ class Questions:
     def __init__(self, index: int) -> None:
         self._index = index
         self._answered = b""
-        self._asked: dict[int, bytes] = {}
+        self._asked: dict[int, bytes] = {}  # what each had answered before
         self.answers: dict[int, str] = {}
         """By rank in the group; without those that have not answered."""
 
@@ -40,17 +40,22 @@ class Questions:
             self.answers.pop(rank, None)
         for rank in ranks:
             if rank not in self._asked:
+                self._asked[rank] = _answer_in(store, rank)
                 # Another one for each wait and each rank that asks: what it does has changed since.
-                question = f"{os.getpid()} {time.monotonic_ns()}".encode()
+                question = f"{self._index} {os.getpid()} {time.monotonic_ns()}"
                 store.set(f"fastddp asks/{rank}", question)
-                self._asked[rank] = question
-            elif store.check([f"fastddp answers/{rank}"]):
-                self._read(rank, store.get(f"fastddp answers/{rank}"))
+            else:
+                self._read(rank, _answer_in(store, rank))
 
     def _read(self, rank: int, data: bytes) -> None:
-        question, _, answer = data.partition(b"\n")
+        """Takes an answer that was not there before the question.
+
+        It may be the answer to another rank, which has asked at the same time and so replaced this
+        rank's question.
+        """
+        _, _, answer = data.partition(b"\n")
         text = answer[: 4 * _MAX_CHARS].decode(errors="replace")[:_MAX_CHARS]
-        if question == self._asked[rank] and text.isprintable():
+        if data != self._asked[rank] and text.isprintable():
             self.answers[rank] = text
 
     def answer(self, store: Any, text: Callable[[], str]) -> None:
@@ -67,3 +72,8 @@ class Questions:
             said = text()[:_MAX_CHARS].encode(errors="replace")
             store.set(f"fastddp answers/{self._index}", question + b"\n" + said)
             self._answered = question
+
+
+def _answer_in(store: Any, rank: int) -> bytes:
+    key = f"fastddp answers/{rank}"
+    return bytes(store.get(key)) if store.check([key]) else b""

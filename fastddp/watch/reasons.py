@@ -111,6 +111,8 @@ def why_apart(
         )
     if not in_step or not others:
         return _REASONS[Cause.ELSEWHERE]
+    # Of ranks in one step, some may be in the forward, and others through with the broadcast in it.
+    others = {r: wait for r, wait in others.items() if not _is_of_forward(wait)} or others
     here, there = min(in_step), min(others)
     wait = others[there]
     done = steps_done(view, there, in_step[here])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fastddp.watch.deadlock import FRESH_NS
-from fastddp.watch.frames import Frame, is_at_breakpoint
+from fastddp.watch.frames import Frame, is_at_breakpoint, is_at_end
 from fastddp.watch.layout import Ending
 from fastddp.watch.meeting_points import absent_from, bound_together, together_with, waits_of
 from fastddp.watch.process import Kind
@@ -149,6 +149,8 @@ def cause_of(member: Member, now_ns: int) -> Cause:
         return Cause.NOT_SEEN
     if is_at_breakpoint(facts.frames):
         return Cause.DEBUGGED
+    if is_at_end(facts.frames):
+        return Cause.EXITING
     # Of a process that competes with others for the cores, the share may be small.
     if facts.cpu_share >= BUSY_SHARE or facts.state.kind is Kind.RUNNING:
         return Cause.BUSY

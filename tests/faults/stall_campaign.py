@@ -37,7 +37,14 @@ CAUSES = {
     Fault.HOLDS_LOCK: r"a call on rank {v} does not return",
     Fault.STOP: r"rank {v} was stopped from outside",
 }
-DEATHS = (Fault.KILL, Fault.DIES_EARLY, Fault.EXCEPTION, Fault.DISK_FULL, Fault.LEAVES)
+DEATHS = (
+    Fault.KILL,
+    Fault.INTERRUPT,
+    Fault.DIES_EARLY,
+    Fault.EXCEPTION,
+    Fault.DISK_FULL,
+    Fault.LEAVES,
+)
 DEADLOCKS = {
     Fault.LEAVES_TO_BARRIER: LOOP,
     Fault.LEAVES_TO_ALL_REDUCE: LOOP,
@@ -46,6 +53,12 @@ DEADLOCKS = {
     Fault.SKIPS: rf"rank {{v}} has begun another forward|{LOOP}",
     Fault.NO_BACKWARD: rf"rank {{v}} has begun another forward|{LOOP}",
     Fault.BRANCH: r"the ranks run (backwards of )?different models",
+}
+SIGNALS = {
+    Fault.STOP: signal.SIGSTOP,
+    Fault.FREEZE: signal.SIGSTOP,
+    Fault.KILL: signal.SIGKILL,
+    Fault.INTERRUPT: signal.SIGINT,
 }
 MIXES_ON_GLOO = (Fault.LEAVES_TO_ALL_REDUCE, Fault.EXTRA, Fault.LEAVES_TO_GATHER)
 """There the script's collective is taken for a part of the model's, and gloo ends the process."""
@@ -147,7 +160,8 @@ def _alone(rank: int, world_size: int, run: Run, timeout_s: float) -> None:
 
 
 def _send_signals(run: Run, folder: Path, over: threading.Event) -> None:
-    if run.fault not in (Fault.STOP, Fault.KILL, Fault.FREEZE):
+    number = SIGNALS.get(run.fault)
+    if number is None:
         return
     while not (folder / "fault").exists():
         if over.wait(0.01):
@@ -157,10 +171,9 @@ def _send_signals(run: Run, folder: Path, over: threading.Event) -> None:
     pids = [pid]
     if run.fault is Fault.FREEZE:
         pids = [int((folder / f"pid-{rank}").read_text()) for rank in range(run.world_size)]
-    is_kill = run.fault is Fault.KILL
     for pid in pids:
-        os.kill(pid, signal.SIGKILL if is_kill else signal.SIGSTOP)
-    if not is_kill:
+        os.kill(pid, number)
+    if number == signal.SIGSTOP:
         time.sleep(PAUSE_S + (2 if run.fault is Fault.FREEZE else 0))
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -244,7 +257,7 @@ def _of_stall(run: Run, seen: Seen) -> list[str]:
 
 
 def _of_deadlock(run: Run, seen: Seen, survivors: list[int]) -> list[str]:
-    if run.transport == "gloo" and run.fault in MIXES_ON_GLOO:
+    if run.transport != "shm" and run.fault in MIXES_ON_GLOO and run.victim not in seen.errors:
         return [f"rank {rank} has no error" for rank in survivors if not seen.errors.get(rank)]
     if run.transport == "hosts":
         return _of_deadlock_between_hosts(run, seen)

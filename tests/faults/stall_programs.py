@@ -47,6 +47,7 @@ class Fault(Enum):
     LATE_START = "sleep before the model is wrapped"
     DIES_EARLY = "SIGKILL before the model is wrapped"
     KILL = "SIGKILL"
+    INTERRUPT = "SIGINT"
     EXCEPTION = "exception"
     DISK_FULL = "disk full at a checkpoint"
     LEAVES = "leaves the loop and ends"
@@ -115,6 +116,7 @@ def be_rank(rank: int, world_size: int, run: Run) -> None:
         os.environ["FASTDDP_HOST_ID"] = run.hosts[rank]
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     dist.barrier()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in the background
     error = None
     try:
         script(rank, run, folder)

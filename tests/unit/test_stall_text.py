@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -131,6 +132,11 @@ CASES: dict[str, tuple[Rank, str, str]] = {
         Rank(has_board=False, is_here=False),
         "it is on another host, and has not answered what it does",
         "rank 1 is slow, or does not call the same collectives",
+    ),
+    "a thread that has not ended": (
+        Rank(models=[model(steps=5)], frames=[Frame(threading.__file__, 1560, "_shutdown")]),
+        "its script has ended, and Python is exiting",
+        "rank 1 left the training loop after step 5: it has fewer batches",
     ),
     "a computing rank of another host": (
         Rank(has_board=False, is_here=False, answer="BUSY it computes (98 % of a core), at a.py:1"),
@@ -325,6 +331,18 @@ def test_the_same_broadcast_in_two_groups_has_two_names(monkeypatch: pytest.Monk
             message
         )
     assert "Likely the ranks run different models; next: have all ranks take the same" in message
+
+
+def test_a_rank_that_is_still_in_the_forward_is_not_ahead(script: str) -> None:
+    forward = Rank(
+        [wait(Source.NAMED, number=0, text="the broadcast before forward")],
+        frames=[Frame(script, 8, "main")],
+    )
+    backward = Rank([wait(bucket=1, missing=[0, 2])], frames=[Frame(script, 8, "main")])
+    left = Rank([BARRIER], [model(steps=5)], frames=[Frame(script, 10, "main")])
+    seen = view(forward, backward, left)
+    message = text.deadlock_text(deadlock(seen, 10_000_000_000), seen)
+    assert "Likely rank 2 left the training loop after step 5: it has fewer batches" in message
 
 
 def test_a_rank_in_a_forward_of_another_model_is_not_ahead() -> None:
