@@ -166,7 +166,7 @@ class Board:
         """Orders a wait of this process to fail; returns whether the order was taken.
 
         Who waits looks for orders several times per second, if it can: a wait inside of another
-        library cannot.
+        library cannot. A collective that the script has called itself never takes one.
 
         Args:
             wait: the wait, as :meth:`read` has shown it.
@@ -176,6 +176,8 @@ class Board:
             native = extension.load()
             fail = getattr(native, "fail_wait", None)
             return fail is not None and bool(fail(wait.place, wait.since_ns, text))
+        if wait.source is Source.SCRIPT:
+            return False
         at = WAITS_AT + wait.place * WAIT_STRIDE
         with self._lock:
             if wait.place in self._free_waits or self._words[at + Wait.SINCE] != wait.since_ns:

@@ -8,6 +8,7 @@ from fastddp.watch import text
 from fastddp.watch.board import Board
 from fastddp.watch.deadlock import deadlock
 from fastddp.watch.layout import Header
+from fastddp.watch.say import say
 from fastddp.watch.sight import Sight
 from fastddp.watch.snapshot import WaitSeen
 from fastddp.watch.timing import Timing
@@ -16,9 +17,11 @@ from fastddp.watch.view import View
 _ALL_FIND_NS = 5_000_000_000
 """How long a rank that has found a deadlock waits for the others to find it too."""
 
-
 _ALL_KNOW_NS = 1_000_000_000
 """Within that time all ranks have seen that all have found it, and fail at the same time."""
+
+_FAILS_NS = 3_000_000_000
+"""A wait that has not failed so long after the order cannot be ended: it never looks for one."""
 
 
 class Referee:
@@ -37,13 +40,16 @@ class Referee:
         self._suspected: frozenset[tuple[int, tuple[int, int]]] = frozenset()
         self._found = ""  # the text of the error, once it is certain
         self._found_ns = 0
+        self._ordered_ns = 0  # when the order was given; 0 if it was not
+        self._is_told = False
 
     def end_deadlock(self, view: View) -> WaitSeen | None:
         """Orders the wait of this process to fail if the ranks can never move.
 
         That takes several looks: one finds it, another one confirms it and says so on the board.
         Once all have, all fail. The first one to fail would otherwise end its process, and the
-        others would fail for that reason.
+        others would fail for that reason. The order is given once; where the wait cannot be ended
+        the text is told instead, once.
 
         Args:
             view: what is known of the ranks.
@@ -67,12 +73,21 @@ class Referee:
         found_ns = [them.deadlock_ns for rank in stuck if (them := view.board(rank)) is not None]
         if not all(found_ns) and view.now_ns - self._found_ns < _ALL_FIND_NS:
             return None
-        end_ns = min(max(found_ns), view.now_ns) + _ALL_KNOW_NS
-        time.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
-        return mine if self._board.order_to_fail(mine, self._found) else None
+        if not self._ordered_ns:
+            end_ns = min(max(found_ns), view.now_ns) + _ALL_KNOW_NS
+            time.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
+            self._ordered_ns = time.monotonic_ns()
+            if self._board.order_to_fail(mine, self._found):
+                return mine
+        elif view.now_ns - self._ordered_ns < _FAILS_NS:
+            return None
+        if not self._is_told:
+            self._is_told = True
+            say([f"fastddp: rank {view.me}: {self._found}"])
+        return None
 
     def forget(self) -> None:
         """Takes back what was found: the ranks have moved."""
         if self._found:
-            self._found = ""
+            self._found, self._ordered_ns, self._is_told = "", 0, False
             self._board.put(Header.DEADLOCK, 0)

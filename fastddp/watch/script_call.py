@@ -14,11 +14,11 @@ from typing import Any
 import torch.distributed as dist
 
 # Each of them ends on no rank before all have called it. Not broadcast and the like: there a rank
-# may be through before another one begins.
+# may be through before another one begins. Nor monitored_barrier, in which nothing tells one call
+# from the next: a loop of short ones would look like a single long one.
 _SYMMETRIC = frozenset(
     {
         "barrier",
-        "monitored_barrier",
         "all_reduce",
         "all_reduce_coalesced",
         "all_gather",
@@ -58,7 +58,8 @@ def collective_of_script() -> ScriptCall | None:
     """Returns the collective of torch.distributed that the main thread is in, if it waits there.
 
     Only collectives that need all ranks of their group count, and neither those that return at once
-    nor those that fastddp calls. Works in any thread, but in one only; not collective.
+    nor those that fastddp calls. Nor does one that blocks before it has a work, as those in shared
+    memory do: C++ writes these. Works in any thread, but in one only; not collective.
     """
     ident = threading.main_thread().ident
     # Frames keep their locals alive, so none of them is kept when this returns.
@@ -72,9 +73,12 @@ def collective_of_script() -> ScriptCall | None:
     called_by_fastddp = frame is not None and frame.f_code.co_filename.startswith(_OURS)
     group = outer.f_locals.get("group") or dist.group.WORLD
     name = getattr(group, "group_name", None)  # there is none in a rank outside the group
-    if called_by_fastddp or inner.f_locals.get("async_op") or not isinstance(name, str):
+    work = inner.f_locals.get("work")
+    if called_by_fastddp or work is None or not isinstance(name, str):
         return None
-    key = _number_of(inner.f_locals.get("work")), id(inner), inner.f_lasti, outer.f_lasti
+    if inner.f_locals.get("async_op"):
+        return None
+    key = _number_of(work), id(inner), inner.f_lasti, outer.f_lasti
     return ScriptCall(outer.f_code.co_name, name, hash(key))
 
 
@@ -87,14 +91,12 @@ _number = 0
 
 
 def _number_of(work: Any) -> int:
-    """Returns another number for each work; 0 where the call has none yet.
+    """Returns another number for each work.
 
     The frame of the next call is likely to lie where this one's was, so that its address says
     little. A weak reference is not mistaken for a later work, and keeps none alive.
     """
     global _latest, _number
-    if work is None:
-        return 0
     if _latest is None or _latest() is not work:
         try:
             _latest = weakref.ref(work)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastddp.watch import board, events, named, text
 from fastddp.watch.frames import is_at_breakpoint, own, place_in_script
+from fastddp.watch.layout import Source
 from fastddp.watch.meeting_points import reached_from, waits_of
 from fastddp.watch.process import Kind, state_of
 from fastddp.watch.say import say
@@ -59,6 +60,8 @@ class Teller:
             return
         view = self._sight.with_cpu(view, reached_from(view, [view.me]))
         stall = judge(view, view.me, wait, observed_s)
+        if wait.source is Source.SCRIPT and not stall.absences:
+            return  # all have called it: the transfer takes long
         factor = _BUSY_FACTOR if stall.is_busy else _UNKNOWN_FACTOR if stall.is_of_unknown else 1
         if observed_s < factor * self._timing.stall_s:
             return
