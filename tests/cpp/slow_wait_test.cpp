@@ -198,18 +198,35 @@ TEST(a_turn_that_is_given_up_does_not_stop_those_behind_it) {
   std::promise<void> gate;
   turns->submit([&] { gate.get_future().wait(); });
   bool has_run = false;
+  std::atomic<int> skipped{0};
+  int seen_by_last = 0;
+  const auto last = std::make_shared<Outcome>();
   {
     const Interrupted interrupted;
-    CHECK_THROWS((turns->run([&] { has_run = true; }), 0), Raised);
+    const auto at_skip = [&] {
+      turns->submit([&] { seen_by_last = skipped; }, last);
+      gate.set_value();
+      std::this_thread::sleep_for(kLookAround);  // what is behind must not begin before this ends
+      ++skipped;
+    };
+    CHECK_THROWS((turns->run([&] { has_run = true; }, at_skip), 0), Raised);
   }
-  std::atomic<bool> is_last{false};
-  const auto last = std::make_shared<Outcome>();
-  turns->submit([&] { is_last = true; }, last);
-  gate.set_value();
   CHECK(last->wait(milliseconds(30'000)));
-  CHECK(is_last && !has_run);
+  CHECK(seen_by_last == 1 && !has_run);
   turns->run([] {});
   CHECK(turns->stop(milliseconds(30'000)));
+}
+
+TEST(a_thread_knows_that_it_is_within_its_turn) {
+  const auto turns = std::make_shared<Turns>();
+  CHECK(!turns->is_within());
+  turns->run([&] {
+    CHECK(turns->is_within());
+    CHECK(!std::async(std::launch::async, [&] { return turns->is_within(); }).get());
+  });
+  CHECK(!turns->is_within());
+  CHECK_THROWS((turns->run([] { throw Raised(); }), 0), Raised);
+  CHECK(!turns->is_within());
 }
 
 TEST(a_model_is_on_the_board_for_its_life) {

@@ -205,3 +205,24 @@ def test_a_handler_that_raises_nothing_runs_and_the_wait_goes_on(engine: str) ->
     (seen, grads), (_, others) = run_ranks(_with_a_harmless_handler, 2, engine)
     assert seen == 1
     assert grads == others == [2.0] * 8
+
+
+def _handler_that_destroys_the_group(rank: int, _size: int) -> str:
+    def leave(*_: object) -> None:
+        dist.destroy_process_group()
+
+    signal.signal(signal.SIGTERM, leave)
+    group = dist.new_group(backend="shm", timeout=GROUP_TIMEOUT)
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        raised = _raises_in(lambda: dist.barrier(group=group), signal.SIGTERM)
+        store.set("interrupted", b"")
+        return raised
+    store.wait(["interrupted"], GROUP_TIMEOUT)
+    return _told_of_rank_0(store, lambda: dist.barrier(group=group))
+
+
+def test_a_handler_that_uses_the_group_that_it_interrupts_gets_an_error() -> None:
+    raised, told = run_ranks(_handler_that_destroys_the_group, 2)
+    assert "a signal handler that was called within a collective has used the process" in raised
+    assert "rank 0 " in told
