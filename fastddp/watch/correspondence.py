@@ -15,6 +15,7 @@ from fastddp.watch.view import View
 
 _NOTE_AFTER_S = 1.0
 _ANSWER_EVERY_S = 5.0
+_MAX_PAUSE_S = 60.0
 _MAX_STRANGERS = 16
 _ASKS_EARLY = 64
 """In groups of at most that many ranks, boards are looked for before anybody waits."""
@@ -44,8 +45,8 @@ class Correspondence:
         """
         waits = waits_of(mine)
         for group in watched:
-            if not group.is_known and (waits or len(group.ranks) <= _ASKS_EARLY):
-                self._clerk.ask(f"addresses {group.name}", group.read_addresses)
+            if not group.is_known:
+                self._look_for_addresses(group, bool(waits), now_ns)
             note = self._note(group, mine, waits, now_ns) if group.has_strangers else ""
             if note:
                 self._clerk.ask(f"notes {group.name}", group.read_notes)
@@ -60,6 +61,14 @@ class Correspondence:
             if wait.group == group.id and now_ns - wait.since_ns >= patience_ns:
                 return describe_wait(wait, mine)
         return ""
+
+    def _look_for_addresses(self, group: Watched, is_waiting: bool, now_ns: int) -> None:
+        """Reads addresses, ever more rarely if nobody waits: a rank that is off has none."""
+        is_due = len(group.ranks) <= _ASKS_EARLY and now_ns >= group.addresses_due_ns
+        if is_waiting or is_due:
+            group.addresses_due_ns = now_ns + int(1e9 * group.addresses_pause_s)
+            group.addresses_pause_s = min(2 * group.addresses_pause_s, _MAX_PAUSE_S)
+            self._clerk.ask(f"addresses {group.name}", group.read_addresses)
 
     def _look_for_questions(self, group: Watched, now_ns: int) -> None:
         period_s = min(_ANSWER_EVERY_S, self._timing.stall_s / 2)

@@ -53,6 +53,9 @@ class Watched:
         self.notes = Notes(index)
         self.questions = Questions(index)
         self.looked_for_questions_ns = 0
+        self.addresses_due_ns = 0
+        """When addresses are to be looked for next, if nobody waits."""
+        self.addresses_pause_s = 0.5
         self._client: Any = None
 
     @property

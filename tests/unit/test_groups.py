@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -12,8 +12,12 @@ import torch.distributed as dist
 
 from fastddp.watch import board, groups, names
 from fastddp.watch.board import Board
+from fastddp.watch.clerk import Clerk
+from fastddp.watch.correspondence import Correspondence
 from fastddp.watch.groups import Watched, watch_group
+from fastddp.watch.layout import Source
 from fastddp.watch.names import DEFAULT_GROUP
+from fastddp.watch.timing import Timing
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +84,23 @@ def test_a_board_that_cannot_be_opened_is_a_stranger_s(
     groups.peer(hidden).read()
     assert watched.has_strangers
     assert not watched.spans_hosts
+
+
+@pytest.mark.parametrize(("waits", "num_times"), [(False, range(5, 15)), (True, range(100, 101))])
+def test_addresses_that_never_come_are_looked_for_ever_more_rarely(
+    waits: bool, num_times: range, own: Board
+) -> None:
+    names_of_errands: list[str] = []
+
+    class CountingClerk(Clerk):
+        def ask(self, name: str, _: Callable[[], object]) -> None:
+            names_of_errands.append(name)
+
+    store = new_store()
+    assert watch_group("a", [0, 1], 0, store)
+    if waits:
+        own.begin_wait(Source.NAMED, "a call", since_ns=1)
+    letters = Correspondence(CountingClerk(), Timing(10.0), str)
+    for second in range(100):
+        letters.exchange(groups.watched(), own.read(), second * 1_000_000_000)
+    assert names_of_errands.count("addresses a") in num_times
