@@ -65,6 +65,9 @@ def watch(group: ProcessGroup) -> None:
 
     Args:
         group: the ranks that communicate; one that torch's registry does not know is not watched.
+
+    Raises:
+        ValueError: if ``FASTDDP_STALL`` or ``FASTDDP_STALL_SECONDS`` is not valid.
     """
     if group in _watched:
         return
@@ -75,9 +78,11 @@ def watch(group: ProcessGroup) -> None:
     name, store = name_of(group), store_of(group)
     if not name or store is None:
         return
-    with contextlib.suppress(RuntimeError, ValueError, KeyError):
+    try:
         ranks = dist.get_process_group_ranks(group)
-        watcher.watch_group(name, ranks, group.rank(), store)
+    except (RuntimeError, ValueError, KeyError):
+        return
+    watcher.watch_group(name, ranks, group.rank(), store)
 
 
 def given_group(group: ProcessGroup | None, device_mesh: Any = None) -> ProcessGroup:

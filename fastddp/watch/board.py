@@ -12,6 +12,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Mapping
 
 from fastddp import config, extension
 from fastddp.watch.layout import (
@@ -21,6 +22,8 @@ from fastddp.watch.layout import (
     MODELS_AT,
     NATIVE_MODELS,
     NATIVE_WAITS,
+    SEQUENCES,
+    SEQUENCES_AT,
     TEXT_BYTES,
     WAIT_STRIDE,
     WAIT_WORDS,
@@ -49,8 +52,11 @@ class Board:
         self.fd = _memory_file(8 * WORDS)
         """The descriptor of the memory; -1 if no other process can read it."""
         self._memory = mmap.mmap(self.fd, 8 * WORDS)
+        # C++ has the address, and threads of C++ outlive this module when the interpreter ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._memory))
         self._words = memoryview(self._memory).cast("Q")
-        self._lock = threading.Lock()
+        # A signal handler, or a reducer that is freed while this is held, may come here again.
+        self._lock = threading.RLock()
         self._free_models = set(range(NATIVE_MODELS, MODELS))
         self._free_waits = set(range(NATIVE_WAITS, WAITS))
         self._orders: dict[int, str] = {}
@@ -81,6 +87,21 @@ class Board:
         snapshot = parse(first, second)
         assert snapshot is not None
         return snapshot
+
+    def put_sequences(self, sequences: Mapping[int, int]) -> None:
+        """Stores how many collectives this process has begun, by the number of the group.
+
+        Args:
+            sequences: those of any number of groups; the first 8 are stored.
+        """
+        pairs = [*sequences.items()][:SEQUENCES]
+        for i in range(SEQUENCES):
+            at = SEQUENCES_AT + 2 * i
+            group, number = (pairs[i][0], pairs[i][1] + 1) if i < len(pairs) else (0, 0)
+            if self._words[at] != group:
+                self._words[at + 1] = 0  # never another group's number
+                self._words[at] = group
+            self._words[at + 1] = number
 
     # ---- models of the Python engine -------------------------------------------------------------
 

@@ -24,15 +24,16 @@ class Clerk:
 
     def start(self) -> None:
         """Starts the thread."""
-        self._thread = threading.Thread(target=self._run, name="fastddp store", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="fastddp store", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def ask(self, name: str, errand: Callable[[], object]) -> None:
         """Has an errand run soon, unless one of the same name waits to be run already.
 
         Args:
             name: the name of the errand.
-            errand: the call to make; what it raises for a store that fails is dropped.
+            errand: the call to make; what it raises is dropped.
         """
         if name in self._waiting:
             return
@@ -49,6 +50,6 @@ class Clerk:
         while (errand := self._queue.get()) is not None:
             name, call = errand
             self._waiting.discard(name)
-            with contextlib.suppress(RuntimeError, OSError):
+            with contextlib.suppress(Exception):  # one errand must not keep others from being run
                 call()
             del call

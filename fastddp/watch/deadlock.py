@@ -7,8 +7,8 @@ other's, in different collectives, wait for ever.
 
 from __future__ import annotations
 
-from fastddp.watch.layout import Ending
-from fastddp.watch.meeting_points import absent_from, are_one, waits_of
+from fastddp.watch.layout import Ending, Source
+from fastddp.watch.meeting_points import BITS, absent_from, are_one, waits_of
 from fastddp.watch.process import Kind
 from fastddp.watch.snapshot import Snapshot, WaitSeen
 from fastddp.watch.view import View
@@ -45,7 +45,9 @@ def deadlock(view: View, stalled_ns: int) -> dict[int, WaitSeen]:
 def _only_wait(view: View, rank: int) -> WaitSeen | None:
     """Returns what a rank waits in, if it can do nothing else."""
     board, facts = view.board(rank), view.facts(rank)
-    if board is None or board.hand_overs or board.ending is Ending.EXITING:
+    if board is None or board.hand_overs or board.has_script_threads:
+        return None
+    if board.ending is Ending.EXITING:
         return None
     if view.now_ns - board.seen_ns > FRESH_NS:
         return None
@@ -66,7 +68,38 @@ def _is_of_issuer(board: Snapshot) -> bool:
 def _waits_within(view: View, rank: int, wait: WaitSeen, stuck: dict[int, WaitSeen]) -> bool:
     if wait.unfinished:
         return False  # these have come, and may be slow
+    if wait.missing and len(view.groups.get(wait.group, ())) > BITS:
+        return False  # it has bits for some of the ranks only
     absent = absent_from(view, rank, wait)
     return bool(absent) and all(
-        other in stuck and other != rank and not are_one(wait, stuck[other]) for other in absent
+        other in stuck
+        and other != rank
+        and not are_one(wait, stuck[other])
+        and _has_not_begun(view, rank, wait, other, stuck[other])
+        for other in absent
     )
+
+
+def _has_not_begun(view: View, rank: int, wait: WaitSeen, other: int, theirs: WaitSeen) -> bool:
+    """Returns whether another rank has for certain not begun what a rank waits in.
+
+    It might have begun it without waiting for it, and the transfer be slow: so it must have begun
+    no more in the group, before what it waits in now, than this rank has before this wait. In
+    shared memory the bits of the wait say it.
+    """
+    if wait.source is Source.SHM:
+        return bool(wait.missing)
+    begun = _begun_before(view, other, theirs, wait.group)
+    mine = _begun_before(view, rank, wait, wait.group)
+    return begun is not None and mine is not None and begun <= mine
+
+
+def _begun_before(view: View, rank: int, wait: WaitSeen, group: int) -> int | None:
+    """Returns how many collectives a rank had begun in a group before those that it waits for."""
+    board = view.board(rank)
+    sequence = board.sequence(group) if board is not None else None
+    # The counterpart of a group in shared memory has its name, but another count.
+    if board is None or sequence is None or wait.group != group or wait.source is Source.SHM:
+        return sequence
+    model = board.model(wait.owner, group) if wait.source is Source.BACKWARD else None
+    return sequence - max(1, model.launched if model is not None else 1)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import Any
 
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
 from fastddp.watch import board, names
 from fastddp.watch.host import this_host
 from fastddp.watch.layout import Header, id_of
@@ -65,31 +67,32 @@ class Watched:
     def client(self) -> Any:
         """Returns a client of the store that no other thread uses, or None. For the clerk alone.
 
-        Another thread may be blocked in the store itself until something is there.
+        Another thread may be blocked in a store over TCP until something is there. In others it
+        blocks nobody, and what clones of theirs are set to, such as a timeout, they are set to.
         """
         store = self.store()
         if store is None:
             self._client = None
+        elif not _is_over_tcp(store):
+            return store
         elif self._client is None:
-            if not hasattr(store, "clone"):
-                return store
-            client = store.clone()
-            if client is store:  # it has no connection that could be blocked
-                return store
-            client.set_timeout(_STORE_TIMEOUT)
-            self._client = client
+            self._client = store.clone()
+            self._client.set_timeout(_STORE_TIMEOUT)
         return self._client
 
     @property
     def has_strangers(self) -> bool:
         """Whether the boards of some ranks cannot be read here, or are not known to be readable."""
-        readable = sum(is_here(address) for address in self.addresses.values())
+        readable = sum(
+            is_here(address) and not peer(address).has_failed
+            for address in [*self.addresses.values()]
+        )
         return readable < len(self.ranks)
 
     @property
     def spans_hosts(self) -> bool:
         """Whether some ranks are on other hosts, for certain."""
-        return self.is_known and self.has_strangers
+        return self.is_known and sum(map(is_here, [*self.addresses.values()])) < len(self.ranks)
 
     def ask(self, ranks: Collection[int]) -> None:
         """Asks ranks of other hosts what they do, by rank in the group. For the clerk alone."""
@@ -127,6 +130,12 @@ class Watched:
                     self.addresses[rank] = address
 
 
+def _is_over_tcp(store: Any) -> bool:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return isinstance(store, TCPStore)
+
+
 _groups: dict[str, Watched] = {}
 _peers: dict[Address, Peer] = {}
 _host = ""
@@ -150,8 +159,8 @@ def watch_group(name: str, ranks: Sequence[int], index: int, store: Any) -> bool
     own = board.make()
     if own is None:
         return False
-    if own.read().rank is None:
-        own.put(Header.RANK, ranks[index])
+    if name == names.DEFAULT_GROUP or not any(group.is_alive for group in [*_groups.values()]):
+        own.put(Header.RANK, ranks[index])  # it may be another one than in an earlier world
     group = Watched(name, ranks, index, store)
     try:
         store.set(_key(index), str(own_address(own.fd)))

@@ -24,6 +24,10 @@ TEXT_BYTES = 384
 MODELS_AT = HEADER_WORDS
 WAITS_AT = MODELS_AT + MODELS * MODEL_WORDS
 WAIT_STRIDE = WAIT_WORDS + TEXT_BYTES // 8
+SEQUENCES_AT, SEQUENCES = 16, 8
+"""In the header: pairs of a group's :func:`id_of` and the collectives begun in it, plus 1.
+
+They are written as long as the process waits, by Python."""
 WORDS = WAITS_AT + WAITS * WAIT_STRIDE
 
 
@@ -52,6 +56,8 @@ class Header(IntEnum):
     """How often another thread began a collective than did before: 0 for one thread only."""
     DEADLOCK = 11
     """When the process found itself in a deadlock for certain; 0 if it has not."""
+    SCRIPT_THREADS = 12
+    """Whether other threads than the main one may begin collectives: 1 if so, while it waits."""
 
 
 class Ending(IntEnum):

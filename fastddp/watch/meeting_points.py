@@ -10,7 +10,9 @@ from fastddp.watch.layout import Source
 from fastddp.watch.snapshot import Snapshot, WaitSeen
 from fastddp.watch.view import View
 
-_BITS = 64
+BITS = 64
+"""Of a group, so many ranks have a bit in a wait."""
+
 # Of the waits of one thread, which lie inside of each other, the one that knows most counts.
 _KNOWS = {
     Source.SHM: 0,
@@ -79,7 +81,7 @@ def absent_from(view: View, rank: int, wait: WaitSeen) -> tuple[int, ...]:
     ranks = view.groups.get(wait.group, ())
     bits = wait.missing | wait.unfinished
     if bits:
-        return tuple(other for i, other in enumerate(ranks[:_BITS]) if bits >> i & 1)
+        return tuple(other for i, other in enumerate(ranks[:BITS]) if bits >> i & 1)
     return tuple(r for r in ranks if r != rank and not _is_in(view, r, wait))
 
 

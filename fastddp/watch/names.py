@@ -52,7 +52,7 @@ class ModelNames:
 _NONE = ModelNames("")
 _models: dict[tuple[int, int], ModelNames] = {}
 _groups: dict[int, str] = {}
-_DEFAULT_GROUP = "0"
+DEFAULT_GROUP = "0"
 
 
 def introduce(owner: int, group: int, names: ModelNames) -> None:
@@ -89,7 +89,7 @@ def introduce_group(group: int, name: str) -> None:
 def of_group(group: int) -> str:
     """Returns the name of a group; empty for the default group, and if it is not known here."""
     name = _groups.get(group, "")
-    return "" if name == _DEFAULT_GROUP else name
+    return "" if name == DEFAULT_GROUP else name
 
 
 def weakly(planned: Planned) -> Callable[[], Sequence[Sequence[int]]]:

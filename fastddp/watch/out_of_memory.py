@@ -45,8 +45,10 @@ def _mounts() -> Iterator[tuple[str, str, Path]]:
     """Yields the type, the root and the place of each mount that may count memory; see proc(5)."""
     for line in _lines("self/mountinfo"):
         before, _, after = line.partition(" - ")
-        root, mount = before.split()[3:5]
-        kind, _, options = after.split()[:3]
+        places, what = before.split(" ")[3:5], after.split(" ")[:3]  # a source may be empty
+        if len(places) < 2 or len(what) < 3:
+            continue
+        (root, mount), (kind, _, options) = places, what
         if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
             yield kind, root, Path(mount)
 
@@ -54,7 +56,7 @@ def _mounts() -> Iterator[tuple[str, str, Path]]:
 def _groups(kind: str) -> Iterator[str]:
     """Yields the path of the control group that this process is in; see cgroups(7)."""
     for line in _lines("self/cgroup"):
-        _, controllers, path = line.split(":", 2)
+        controllers, _, path = line.partition(":")[2].partition(":")
         if not controllers if kind == "cgroup2" else "memory" in controllers.split(","):
             yield path
 

@@ -52,6 +52,8 @@ class Peer:
 
     def __init__(self, address: Address) -> None:
         self.address = address
+        self.has_failed = False
+        """Whether the board could not be read when that was last tried."""
         self._fd: int | None = None
 
     def __del__(self) -> None:
@@ -66,6 +68,11 @@ class Peer:
 
     def read(self) -> Snapshot | None:
         """Returns what the board says now; None if it cannot be read."""
+        snapshot = self._read()
+        self.has_failed = snapshot is None
+        return snapshot
+
+    def _read(self) -> Snapshot | None:
         try:
             if self._fd is None:
                 self._fd = self._open()

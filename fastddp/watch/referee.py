@@ -8,6 +8,7 @@ from fastddp.watch import text
 from fastddp.watch.board import Board
 from fastddp.watch.deadlock import deadlock
 from fastddp.watch.layout import Header
+from fastddp.watch.meeting_points import waits_of
 from fastddp.watch.say import say
 from fastddp.watch.sight import Sight
 from fastddp.watch.snapshot import WaitSeen
@@ -37,13 +38,14 @@ class Referee:
         self._board = own_board
         self._sight = sight
         self._timing = timing
+        self._observed_s: dict[tuple[int, tuple[int, int]], float] = {}  # of waits of all ranks
         self._suspected: frozenset[tuple[int, tuple[int, int]]] = frozenset()
         self._found = ""  # the text of the error, once it is certain
         self._found_ns = 0
         self._ordered_ns = 0  # when the order was given; 0 if it was not
         self._is_told = False
 
-    def end_deadlock(self, view: View) -> WaitSeen | None:
+    def end_deadlock(self, view: View, watched_s: float) -> WaitSeen | None:
         """Orders the wait of this process to fail if the ranks can never move.
 
         That takes several looks: one finds it, another one confirms it and says so on the board.
@@ -53,6 +55,7 @@ class Referee:
 
         Args:
             view: what is known of the ranks.
+            watched_s: for how many seconds it was watched since the last look.
 
         Returns:
             The wait that was ordered to fail; None for none.
@@ -60,7 +63,8 @@ class Referee:
         stuck = deadlock(view, self._timing.stall_ns)
         mine = stuck.get(view.me)
         suspected = frozenset((rank, wait.key) for rank, wait in stuck.items())
-        is_certain = suspected == self._suspected
+        has_lasted = self._has_lasted(view, suspected, watched_s)
+        is_certain = suspected == self._suspected and has_lasted
         self._suspected = suspected
         if mine is None or not is_certain:
             self.forget()
@@ -85,6 +89,22 @@ class Referee:
             self._is_told = True
             say([f"fastddp: rank {view.me}: {self._found}"])
         return None
+
+    def _has_lasted(
+        self, view: View, suspected: frozenset[tuple[int, tuple[int, int]]], watched_s: float
+    ) -> bool:
+        """Returns whether all these waits were seen for long.
+
+        After a suspension all waits look old at once, although nobody had time to end them.
+        """
+        before = self._observed_s
+        self._observed_s = {
+            (rank, wait.key): before.get((rank, wait.key), 0.0) + watched_s
+            for rank in view.members
+            for wait in waits_of(view.board(rank))
+        }
+        stall_s = self._timing.stall_s
+        return all(self._observed_s.get(key, 0.0) >= stall_s for key in suspected)
 
     def forget(self) -> None:
         """Takes back what was found: the ranks have moved."""

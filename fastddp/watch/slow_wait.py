@@ -46,7 +46,7 @@ class SlowWait:
         own = board.own()
         if own is None:
             return
-        places = [wait.place for wait in named.waits.values() if wait.thread == self._thread]
+        places = [wait.place for wait in list(named.waits.values()) if wait.thread == self._thread]
         if not places and self._place is None:  # a wait that has a name is on the board already
             self._place = own.begin_wait(
                 Source.BACKWARD,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastddp.watch.layout import (
@@ -11,6 +12,8 @@ from fastddp.watch.layout import (
     MODEL_WORDS,
     MODELS,
     MODELS_AT,
+    SEQUENCES,
+    SEQUENCES_AT,
     TEXT_BYTES,
     WAIT_STRIDE,
     WAIT_WORDS,
@@ -92,8 +95,15 @@ class Snapshot:
     issuer: int = 0
     hand_overs: int = 0
     deadlock_ns: int = 0
+    has_script_threads: bool = False
+    sequences: tuple[tuple[int, int], ...] = ()
+    """Of some groups: the group, and how many collectives the process has begun in it."""
     models: tuple[ModelSeen, ...] = ()
     waits: tuple[WaitSeen, ...] = ()
+
+    def sequence(self, group: int) -> int | None:
+        """Returns how many collectives the process has begun in a group; None if not known."""
+        return dict(self.sequences).get(group)
 
     def model(self, owner: int, group: int) -> ModelSeen | None:
         """Returns what is known of a model; None if it is not on the board.
@@ -137,9 +147,18 @@ def parse(first: bytes, second: bytes) -> Snapshot | None:
         issuer=header[Header.ISSUER],
         hand_overs=header[Header.HAND_OVERS],
         deadlock_ns=header[Header.DEADLOCK],
+        has_script_threads=header[Header.SCRIPT_THREADS] != 0,
+        sequences=tuple(_sequences(header)),
         models=tuple(m for i in range(MODELS) if (m := _model(second, i)) is not None),
         waits=tuple(w for i in range(WAITS) if (w := _wait(first, second, i)) is not None),
     )
+
+
+def _sequences(header: Sequence[int]) -> Iterator[tuple[int, int]]:
+    for at in range(SEQUENCES_AT, SEQUENCES_AT + 2 * SEQUENCES, 2):
+        group, number = header[at : at + 2]
+        if group and number:
+            yield group, number - 1
 
 
 def _model(board: bytes, index: int) -> ModelSeen | None:

@@ -20,11 +20,14 @@ from fastddp.watch import board, groups, named, text
 from fastddp.watch.board import Board
 from fastddp.watch.clerk import Clerk
 from fastddp.watch.correspondence import Correspondence
+from fastddp.watch.groups import Watched
 from fastddp.watch.layout import Header
 from fastddp.watch.meeting_points import absent_from, reached_from, together_with, waits_of
 from fastddp.watch.named import NamedWait
 from fastddp.watch.own_waits import OwnWaits
 from fastddp.watch.referee import Referee
+from fastddp.watch.script_threads import may_begin_collectives
+from fastddp.watch.sequences import sequence_of
 from fastddp.watch.sight import Sight, look_at_me
 from fastddp.watch.stack import answer, let_ask
 from fastddp.watch.teller import Teller
@@ -84,6 +87,8 @@ class Watcher:
             if self._referee is not None:
                 self._referee.forget()
             return
+        self._show_what_may_come(watched)
+        mine = self._board.read()
         view = self._sight.view(watched, mine, now_ns)
         self._sight.count(view, reached_from(view, [view.me]))
         lasting = [w for w in waits if self._observed_s[w.key] >= self.timing.stall_s / 2]
@@ -91,8 +96,14 @@ class Watcher:
         self._name_absent(view)
         for wait in waits:
             self._teller.tell(view, wait, self._observed_s[wait.key])
-        if self._referee is not None and (failed := self._referee.end_deadlock(view)) is not None:
+        if self._referee is not None and (failed := self._referee.end_deadlock(view, watched_s)):
             self._teller.forget(failed)  # the error says it all
+
+    def _show_what_may_come(self, watched: Sequence[Watched]) -> None:
+        """Shows others what they need to know before they are sure of a deadlock."""
+        numbers = {group.id: sequence_of(group.name) for group in watched}
+        self._board.put_sequences({g: n for g, n in numbers.items() if n is not None})
+        self._board.put(Header.SCRIPT_THREADS, may_begin_collectives())
 
     def end(self) -> None:
         """Tells what there is left to tell, when the process is about to end."""
@@ -146,10 +157,11 @@ class _Thread:
         with self._lock:
             if self._thread is None:
                 watcher = Watcher(own_board, self.clerk)
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, args=(watcher,), name="fastddp watch", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                self._thread = thread
                 self.clerk.start()
 
     def stop(self) -> None:
@@ -180,11 +192,20 @@ def watch_group(name: str, ranks: Sequence[int], index: int, store: Any) -> None
         ranks: the global ranks of the members, by rank in the group.
         index: this process's rank in the group.
         store: the group's store; not kept alive.
+
+    Raises:
+        ValueError: if ``FASTDDP_STALL`` or ``FASTDDP_STALL_SECONDS`` is not valid. A system that
+            does not let the group be watched is no error.
     """
-    if groups.watch_group(name, ranks, index, store):
-        own_board = board.own()
-        if own_board is not None:
-            _thread.start(own_board)
+    config.stall()
+    config.stall_seconds()
+    try:
+        if groups.watch_group(name, ranks, index, store):
+            own_board = board.own()
+            if own_board is not None:
+                _thread.start(own_board)
+    except Exception:  # such as no memory for another thread
+        _log.debug("group %s is not watched", name, exc_info=True)
 
 
 def begin(call: str, group_name: str) -> NamedWait:

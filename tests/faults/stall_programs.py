@@ -218,7 +218,9 @@ def goes_wrong(run: Run) -> None:
     if fault is Fault.SLEEP:
         time.sleep(PAUSE_S)
     elif fault is Fault.HOLDS_LOCK:
-        ctypes.PyDLL(None).sleep(int(run.seconds + PAUSE_S))
+        # A rank of another host cannot answer then, and is told of after three times the seconds.
+        factor = 3 if run.transport == "hosts" else 1
+        ctypes.PyDLL(None).sleep(int(factor * run.seconds + PAUSE_S))
     elif fault is Fault.EXCEPTION:
         raise ValueError("a batch without labels")
     elif fault is Fault.EXTRA:

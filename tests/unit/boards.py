@@ -75,6 +75,9 @@ class Rank:
     ending: Ending = Ending.NO
     seen_s_ago: float = 0.5
     hand_overs: int = 0
+    has_script_threads: bool = False
+    begun: int = 8
+    """How many collectives it has begun in each group, before those that it waits for."""
     workers: Sequence[State] = ()
     killed_for_memory: bool = False
     has_board: bool = True
@@ -94,6 +97,7 @@ class Rank:
             ending=self.ending,
             issuer=pid,
             hand_overs=self.hand_overs,
+            has_script_threads=self.has_script_threads,
             models=tuple(self.models),
             waits=tuple(replace(wait, thread=wait.thread or pid) for wait in self.waits),
         )
@@ -109,6 +113,15 @@ class Rank:
 
 def view(*ranks: Rank, me: int = 0, groups: Mapping[int, Sequence[int]] | None = None) -> View:
     """Returns what rank `me` knows of these ranks, by default all in one group."""
-    members = {rank: what.member(rank) for rank, what in enumerate(ranks)}
     named = groups if groups is not None else {WORLD: range(len(ranks))}
+    members = {rank: _with_sequences(what, rank, [*named]) for rank, what in enumerate(ranks)}
     return View(me, NOW_NS, {group: tuple(of) for group, of in named.items()}, members)
+
+
+def _with_sequences(what: Rank, rank: int, groups: Sequence[int]) -> Member:
+    member = what.member(rank)
+    if member.board is None:
+        return member
+    waited_for = {wait.group for wait in what.waits if wait.source is not Source.SHM}
+    sequences = tuple((group, what.begun + (group in waited_for)) for group in groups)
+    return replace(member, board=replace(member.board, sequences=sequences))

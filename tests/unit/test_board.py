@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import struct
 import threading
@@ -63,7 +65,8 @@ def test_both_languages_have_one_number_for_a_group() -> None:
 
 
 def test_words_of_different_kinds_do_not_overlap() -> None:
-    assert len(Header) <= layout.HEADER_WORDS
+    assert max(Header) < layout.SEQUENCES_AT
+    assert layout.SEQUENCES_AT + 2 * layout.SEQUENCES <= layout.HEADER_WORDS
     assert len(Model) <= layout.MODEL_WORDS
     assert len(Wait) <= layout.WAIT_WORDS
     assert layout.NATIVE_MODELS < layout.MODELS
@@ -106,6 +109,15 @@ def test_what_is_written_is_read_by_another_process(own: Board) -> None:
     own.end_wait(place)
     own.free_model(model)
     assert (own.read().models, own.read().waits) == ((), ())
+
+
+def test_counts_of_groups(own: Board) -> None:
+    own.put_sequences({5: 0, 6: 41})
+    assert [own.read().sequence(group) for group in (5, 6, 7)] == [0, 41, None]
+    own.put_sequences({6: 42} | {100 + i: i for i in range(20)})
+    assert [own.read().sequence(group) for group in (5, 6, 106, 107)] == [None, 42, 6, None]
+    own.put_sequences({})
+    assert own.read().sequences == ()
 
 
 def test_a_text_is_cut_to_fit(own: Board) -> None:
@@ -251,6 +263,31 @@ def test_there_is_one_board_unless_it_is_turned_off(monkeypatch: pytest.MonkeyPa
     assert made is not None
     assert made is board.make() is board.own()
     board._use(0)
+
+
+def test_the_memory_of_a_board_is_never_freed() -> None:
+    pid = os.fork()
+    if pid == 0:
+        own = Board()
+        address = own.address
+        del own
+        gc.collect()
+        os._exit(ctypes.c_uint64.from_address(address).value != layout.MAGIC)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0
+
+
+def test_a_thread_may_come_to_the_board_while_it_is_there(own: Board) -> None:
+    places: list[int | None] = []
+
+    def interrupted() -> None:
+        with own._lock:
+            places.append(own.begin_wait(Source.NAMED, "in a signal handler", since_ns=1))
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert places
 
 
 def test_a_forked_child_has_no_board(monkeypatch: pytest.MonkeyPatch) -> None:

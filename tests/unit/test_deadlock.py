@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
 from fastddp.watch.deadlock import deadlock
 from fastddp.watch.layout import Ending, Source, id_of
 from fastddp.watch.process import Kind
-from tests.unit.boards import STATE, Rank, view, wait
+from fastddp.watch.snapshot import WaitSeen
+from tests.unit.boards import STATE, WORLD, Rank, model, view, wait
 
 A, B = id_of("a"), id_of("b")
 
@@ -51,6 +53,7 @@ def test_those_who_wait_with_one_that_is_stuck_are_stuck_too() -> None:
         Rank(AT_BARRIER.waits, state=STATE[Kind.GONE]),
         Rank(AT_BARRIER.waits, seen_s_ago=20.0),
         Rank(AT_BARRIER.waits, hand_overs=1),  # another thread of it may join
+        Rank(AT_BARRIER.waits, has_script_threads=True),
         Rank(AT_BARRIER.waits, ending=Ending.EXITING),
         Rank([wait(Source.SCRIPT, number=0, text="barrier", thread=5)]),  # not the one that issues
         Rank([wait(bucket=0, missing=[0])]),  # the same collective
@@ -77,6 +80,52 @@ def test_ranks_that_have_come_but_are_slow_are_not_stuck() -> None:
 def test_buckets_of_one_round_are_launched_before_they_are_waited_for() -> None:
     ranks = [Rank([wait(Source.BACKWARD, number=0, bucket=bucket)]) for bucket in (0, 1)]
     assert stuck(*ranks) == []
+
+
+@pytest.mark.parametrize(
+    ("begun", "are_stuck"),
+    [
+        pytest.param(8, True, id="as many as the other one"),
+        pytest.param(9, False, id="one more, which may be what the other one is in"),
+    ],
+)
+@pytest.mark.parametrize(
+    "waits",
+    [
+        wait(bucket=0, missing=[1]),  # in shared memory
+        wait(Source.BACKWARD, number=0, bucket=0),
+        wait(Source.SCRIPT, number=0, text="all_reduce"),
+        wait(Source.NAMED, number=0, text="join"),
+    ],
+)
+def test_what_was_begun_and_not_waited_for_is_not_missing(
+    waits: WaitSeen, begun: int, are_stuck: bool
+) -> None:
+    # all_reduce(..., async_op=True) on rank 0, and the same call on rank 1, which waits in it.
+    assert stuck(Rank([waits], begun=begun), AT_BARRIER) == ([0, 1] if are_stuck else [])
+
+
+def test_the_buckets_of_a_round_are_not_counted_as_begun_before_it() -> None:
+    launched = replace(model(steps=5, phase=1), launched=3)
+    buckets = [wait(Source.BACKWARD, number=0, bucket=1)]
+    assert stuck(Rank(buckets, [launched], begun=8 + 2), AT_BARRIER) == [0, 1]
+    assert stuck(Rank(buckets, [launched], begun=8 + 3), AT_BARRIER) == []
+
+
+def test_a_group_that_does_not_count_is_not_sure() -> None:
+    seen = view(IN_BACKWARD, AT_BARRIER)
+    for rank, member in list(seen.members.items()):
+        assert member.board is not None
+        unknown = replace(member, board=replace(member.board, sequences=()))
+        changed = replace(seen, members={**seen.members, rank: unknown})
+        assert deadlock(changed, 10_000_000_000) == {}
+
+
+def test_bits_say_too_little_of_a_large_group() -> None:
+    second = Rank([wait(group=A, missing=[0])])
+    for num_ranks, found in ((64, [0, 1]), (65, [])):
+        groups = {WORLD: range(num_ranks), A: [0, 1]}
+        assert stuck(Rank([wait(missing=[1])]), second, groups=groups) == found
 
 
 def test_a_wait_for_a_thread_of_its_own_counts_as_that_thread_s() -> None:

@@ -237,6 +237,11 @@ def test_who_catches_a_signal() -> None:
             "5:cpu,cpuacct:/job\n4:memory:/job\n0::/",
             "job/memory.oom_control",
         ),
+        (  # lines without a source, and cut short
+            "29 23 0:25 / /x rw - tmpfs  rw\n28 23 0:24 /\n30 23 0:26 / {at} rw - cgroup2  rw",
+            "0::/job",
+            "job/memory.events",
+        ),
         (  # a container that sees neither where it is nor what is around it
             "30 23 0:26 /docker/1 {at} rw - cgroup cgroup rw,memory",
             "4:memory:/elsewhere",

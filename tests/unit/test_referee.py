@@ -43,8 +43,12 @@ def ranks_in_two(own: Board) -> View:
         deadlock_ns=1,
         waits=tuple(replace(w, since_ns=1) for w in them.board.waits),
     )
+    counts = ((WORLD, 1),)
+    board = replace(board, sequences=counts)
     members = {
-        0: Member(0, replace(mine, issuer=os.getpid()), Facts(STATE[Kind.RUNNING])),
+        0: Member(
+            0, replace(mine, issuer=os.getpid(), sequences=counts), Facts(STATE[Kind.RUNNING])
+        ),
         1: Member(1, board, Facts(STATE[Kind.SLEEPING])),
     }
     return View(0, now_ns, {WORLD: (0, 1)}, members)
@@ -62,7 +66,7 @@ def test_a_wait_that_cannot_be_ended_is_told_once(
     judge = Referee(own, Sight(), Timing(1.0))
     failed: list[WaitSeen] = []
     for _ in range(LOOKS):
-        if (wait_ := judge.end_deadlock(ranks_in_two(own))) is not None:
+        if (wait_ := judge.end_deadlock(ranks_in_two(own), 0.5)) is not None:
             failed.append(wait_)
     assert len(failed) == is_ordered
     assert bool(own.order_of(place)) == is_ordered
@@ -70,3 +74,13 @@ def test_a_wait_that_cannot_be_ended_is_told_once(
     assert "can ever go on" in said[0]
     judge.forget()
     assert own.read().deadlock_ns == 0
+
+
+def test_waits_that_are_old_after_a_suspension_are_not_sure(own: Board) -> None:
+    own.begin_wait(Source.NAMED, "barrier", since_ns=1, group=WORLD, thread=os.getpid())
+    judge = Referee(own, Sight(), Timing(10.0))
+    for _ in range(9):
+        assert judge.end_deadlock(ranks_in_two(own), 1.0) is None
+        assert own.read().deadlock_ns == 0
+    judge.end_deadlock(ranks_in_two(own), 1.0)
+    assert own.read().deadlock_ns > 0

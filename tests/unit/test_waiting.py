@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -102,7 +103,7 @@ def test_a_note_is_taken_back_when_its_wait_is_over(group: Group, look: Callable
     look()
     assert group.note() == "none"
     wait(group, "long", look)
-    assert group.note() == "long"
+    assert group.note() == "long on group 'a group'"
     look()
     assert group.note() == ""
 
@@ -127,7 +128,7 @@ def test_a_note_of_a_failed_wait_stays_until_the_group_s_next_wait(
     for _ in range(2):
         wait(another, "elsewhere", lambda: None)
         look()
-        assert group.note() == "the first"
+        assert group.note() == "the first on group 'a group'"
     wait(group, "the next", lambda: None)  # so short that it has no note of its own
     look()
     assert group.note() == ""
@@ -188,7 +189,7 @@ def test_nothing_is_kept_of_a_failed_wait(group: Group, look: Callable[[], None]
     del block
     gc.collect()
     assert alive() is None
-    assert group.note() == "the call"
+    assert group.note() == "the call on group 'a group'"
 
 
 def test_a_store_is_not_kept(group: Group, look: Callable[[], None]) -> None:
@@ -199,3 +200,36 @@ def test_a_store_is_not_kept(group: Group, look: Callable[[], None]) -> None:
     assert alive() is None
     look()
     assert groups.watched() == []
+
+
+def test_a_setting_that_is_not_valid_is_an_error(
+    look: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    for name in ("FASTDDP_STALL", "FASTDDP_STALL_SECONDS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "rase")
+            with pytest.raises(ValueError, match=name):
+                watcher.watch_group("a group", [0, 1], 0, store)
+
+
+def test_a_system_that_has_no_threads_left_is_not_an_error(
+    look: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(watcher, "_thread", watcher._Thread())
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    watcher.watch_group("a group", [0, 1], 0, store)
+    watcher._thread.stop()
+
+
+def test_an_errand_that_fails_does_not_keep_others_from_being_run() -> None:
+    clerk, done = Clerk(), threading.Event()
+    clerk.start()
+    clerk.ask("fails", lambda: {}["a key"])
+    clerk.ask("another", done.set)
+    assert done.wait(60)
+    clerk.stop()
