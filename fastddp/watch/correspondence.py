@@ -90,5 +90,6 @@ class Correspondence:
             }
             strangers = [index for index, rank in enumerate(group.ranks) if rank in absent]
             if strangers:
-                ask = partial(group.ask, strangers[:_MAX_STRANGERS])
+                about = tuple(wait.key for wait in waits if wait.group == group.id)
+                ask = partial(group.ask, strangers[:_MAX_STRANGERS], about)
                 self._clerk.ask(f"ask {group.name}", ask)

@@ -94,11 +94,16 @@ class Watched:
         """Whether some ranks are on other hosts, for certain."""
         return self.is_known and sum(map(is_here, [*self.addresses.values()])) < len(self.ranks)
 
-    def ask(self, ranks: Collection[int]) -> None:
-        """Asks ranks of other hosts what they do, by rank in the group. For the clerk alone."""
+    def ask(self, ranks: Collection[int], about: object) -> None:
+        """Asks ranks of other hosts what they do, by rank in the group. For the clerk alone.
+
+        Args:
+            ranks: the ranks in the group.
+            about: what this rank waits in.
+        """
         client = self.client()
         if client is not None:
-            self.questions.ask(client, ranks)
+            self.questions.ask(client, ranks, about)
 
     def answer(self, text: Callable[[], str]) -> None:
         """Answers what ranks of other hosts ask. For the clerk alone."""

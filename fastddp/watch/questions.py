@@ -24,17 +24,23 @@ class Questions:
     def __init__(self, index: int) -> None:
         self._index = index
         self._answered = b""
+        self._about: object = None
         self._asked: dict[int, bytes] = {}  # what each had answered before
         self.answers: dict[int, str] = {}
         """By rank in the group; without those that have not answered."""
 
-    def ask(self, store: Any, ranks: Collection[int]) -> None:
+    def ask(self, store: Any, ranks: Collection[int], about: object = None) -> None:
         """Asks some ranks, unless they are asked already, and reads what they have answered.
 
         Args:
             store: the group's store.
             ranks: their ranks in the group; the answers of others are forgotten.
+            about: what this rank waits in; the answers to questions about something else are old.
         """
+        if about != self._about:
+            self._about = about
+            self._asked.clear()
+            self.answers.clear()
         for rank in [rank for rank in self._asked if rank not in ranks]:
             del self._asked[rank]
             self.answers.pop(rank, None)

@@ -43,6 +43,7 @@ class Teller:
         self._sight = sight
         self._timing = timing
         self._told: dict[tuple[int, int], _Told] = {}
+        self._met_s: dict[tuple[int, int], float] = {}  # since when nobody is missing
 
     def tell(self, view: View, wait: WaitSeen, observed_s: float) -> None:
         """Tells of a wait of this process, if it is time and nobody else does.
@@ -65,6 +66,10 @@ class Teller:
         factor = _BUSY_FACTOR if stall.is_busy else _UNKNOWN_FACTOR if stall.is_of_unknown else 1
         if observed_s < factor * self._timing.stall_s:
             return
+        if stall.absences:
+            self._met_s.pop(wait.key, None)
+        elif observed_s < self._met_s.setdefault(wait.key, observed_s) + self._timing.stall_s:
+            return  # the last one has just come
         view = self._sight.with_stacks(view, [absence.rank for absence in stall.absences])
         stall = judge(view, view.me, wait, observed_s)
         own_board = board.own()
@@ -87,6 +92,8 @@ class Teller:
             now_ns: the time by the clock of boards.
         """
         waits = {wait.key for wait in waits_of(mine)}
+        for key in self._met_s.keys() - waits:
+            del self._met_s[key]
         for key in self._told.keys() - waits:
             stall = self._told.pop(key).stall
             lasted_ns = now_ns - stall.wait.since_ns

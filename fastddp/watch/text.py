@@ -158,7 +158,8 @@ def answer_text(me: Member, now_ns: int) -> str:
     Returns:
         The name of the :class:`fastddp.watch.stall.Cause`, a space, and what it does in words.
     """
-    absence = Absence(me.rank, cause_of(me, now_ns), me)
+    waits = waits_of(me.board)
+    absence = Absence(me.rank, cause_of(me, now_ns), me, waits[0] if waits else None)
     steps = [f"{model.steps} steps done" for model in me.board.models[:1]] if me.board else []
     return "; ".join([f"{absence.cause.name} {_about(absence)}", *steps])
 

@@ -33,11 +33,11 @@ def test_an_old_answer_is_not_taken_for_a_new_one() -> None:
     store = dist.HashStore()
     first, second = Questions(0), Questions(1)
     for what in ("SLEEPS at a.py:1", "SLEEPS at a.py:2"):
-        first.ask(store, [])
-        assert first.answers == {}
         for _ in range(2):
-            first.ask(store, [1])
+            first.ask(store, [1], about=what)
             assert first.answers == {}
         second.answer(store, lambda what=what: what)
-        first.ask(store, [1])
+        first.ask(store, [1], about=what)
         assert first.answers == {1: what}
+    first.ask(store, [], about=what)
+    assert first.answers == {}

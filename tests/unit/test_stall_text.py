@@ -177,6 +177,10 @@ def test_what_a_rank_answers() -> None:
     assert text.answer_text(busy.member(1), NOW_NS) == (
         f"BUSY it computes (90 % of a core), {at}; 5 steps done"
     )
+    there = Rank([BARRIER], models=[model(steps=5)])
+    assert text.answer_text(there.member(1), NOW_NS) == (
+        f"ELSEWHERE it waits in the script's own barrier on group '0', {at}; 5 steps done"
+    )
     asks = Rank(models=[model(steps=5, phase=1)])
     assert text.answer_text(asks.member(1), NOW_NS) == (
         f"SLEEPS sleeping in the kernel (hrtimer_nanosleep), {at}; in the backward of step 6, no"

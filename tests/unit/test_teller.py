@@ -1,80 +1,62 @@
-"""What is told of a wait, and what is not."""
+"""When people are told of a stall."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from fastddp.watch import board, teller
-from fastddp.watch.board import Board
-from fastddp.watch.layout import Header, Source
-from fastddp.watch.process import Kind
-from fastddp.watch.sight import Sight
+from fastddp.watch import teller
+from fastddp.watch.meeting_points import waits_of
 from fastddp.watch.teller import Teller
 from fastddp.watch.timing import Timing
-from fastddp.watch.view import Facts, Member, View
-from tests.unit.boards import STATE, WORLD, Rank, wait
+from tests.unit.boards import Rank, view, wait
 
 STALL_S = 10.0
-AT_BARRIER = Rank([wait(Source.SCRIPT, number=0, text="barrier")])
 
 
-class NoSight(Sight):
-    """Knows no more than what a view has."""
+class Sight:
+    """Knows nothing more than the view."""
 
-    def with_cpu(self, view: View, _: Collection[int]) -> View:
-        return view
+    def with_cpu(self, seen: Any, _: Any) -> Any:
+        return seen
 
-    def with_stacks(self, view: View, _: Collection[int]) -> View:
-        return view
-
-
-@pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
-    own = Board()
-    own.put(Header.RANK, 0)
-    monkeypatch.setattr(board, "_board", own)
-    yield own
-    if own.fd >= 0:
-        os.close(own.fd)
+    with_stacks = with_cpu
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    said: list[str] = []
-    monkeypatch.setattr(teller, "say", said.extend)
-    return said
+class Mine:
+    """The board of this process, on which there is a wait."""
+
+    def read(self) -> Any:
+        return view(ALONE).board(0)
 
 
-def seen_by_rank_0(own: Board, *others: Rank) -> View:
-    """Returns what rank 0, which has this board, knows of the other ranks."""
-    now_ns = time.monotonic_ns()
-    members = {0: Member(0, own.read(), Facts(STATE[Kind.RUNNING]))}
-    for rank, other in enumerate(others, start=1):
-        member = other.member(rank)
-        if member.board is not None:
-            member = replace(member, board=replace(member.board, seen_ns=now_ns))
-        members[rank] = member
-    return View(0, now_ns, {WORLD: tuple(members)}, members)
+ALONE = Rank([wait(bucket=1, missing=[1])])
+THERE = Rank([wait(bucket=1)])
+SLEEPS = Rank()
 
 
 @pytest.mark.parametrize(
-    ("other", "is_told"),
+    ("others", "told"),
     [
-        pytest.param(Rank(), True, id="one sleeps"),
-        pytest.param(AT_BARRIER, False, id="all have called it"),
-        pytest.param(Rank(cpu_share=1.0), False, id="one computes"),
+        ([(SLEEPS, 9.0)], 0),
+        ([(SLEEPS, 11.0)], 1),
+        ([(SLEEPS, 11.0), (SLEEPS, 12.0), (SLEEPS, 21.0)], 2),
+        # Nobody is missing any more: the collective is about to end, or its transport is stuck.
+        ([(THERE, 11.0), (THERE, 20.0)], 0),
+        ([(THERE, 11.0), (THERE, 22.0)], 1),
+        ([(THERE, 11.0), (SLEEPS, 12.0), (THERE, 22.0)], 1),
     ],
 )
-def test_a_collective_of_the_script_is_told_if_a_rank_is_missing(
-    other: Rank, is_told: bool, own: Board, said: list[str]
+def test_how_often_a_stall_is_told(
+    others: list[tuple[Rank, float]], told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own.begin_wait(Source.SCRIPT, "barrier", since_ns=1, group=WORLD)
-    view = seen_by_rank_0(own, other)
-    (mine,) = own.read().waits
-    Teller(NoSight(), Timing(STALL_S)).tell(view, mine, STALL_S)
-    assert bool(said) == is_told
+    said: list[object] = []
+    monkeypatch.setattr(teller, "say", said.append)
+    monkeypatch.setattr(teller.board, "own", Mine)
+    telling = Teller(Sight(), Timing(STALL_S))  # type: ignore[arg-type]
+    for other, observed_s in others:
+        first = THERE if other is THERE else ALONE
+        seen = view(first, other)
+        telling.tell(seen, waits_of(seen.board(0))[0], observed_s)
+    assert len(said) == told
