@@ -22,6 +22,7 @@ from fastddp.watch.notes import Notes
 from fastddp.watch.peers import Address, Peer
 from fastddp.watch.process import born
 from fastddp.watch.questions import Questions
+from fastddp.watch.snapshot import Snapshot
 
 _STORE_TIMEOUT = timedelta(seconds=5)
 _MAX_ASKED = 256
@@ -217,6 +218,19 @@ def is_here(address: Address) -> bool:
 def peer(address: Address) -> Peer:
     """Returns the board at an address."""
     return _peers.setdefault(address, Peer(address))
+
+
+def board_of(rank: int) -> Snapshot | None:
+    """Returns what the board of a rank of this host says now; None if it cannot be read.
+
+    Args:
+        rank: the global rank.
+    """
+    for group in [*_groups.values()]:
+        address = group.addresses.get(rank)
+        if address is not None and is_here(address):
+            return peer(address).read()
+    return None
 
 
 def _key(index: int) -> str:

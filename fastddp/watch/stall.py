@@ -143,10 +143,9 @@ def cause_of(member: Member, now_ns: int) -> Cause:
         return Cause.EXITING
     if waits_of(board):
         return Cause.ELSEWHERE
-    if board.ending is Ending.INTERRUPTED:
-        return Cause.INTERRUPTED
+    was_interrupted = board.ending is Ending.INTERRUPTED
     if facts is None:
-        return Cause.NOT_SEEN
+        return Cause.INTERRUPTED if was_interrupted else Cause.NOT_SEEN
     if is_at_breakpoint(facts.frames):
         return Cause.DEBUGGED
     if is_at_end(facts.frames):
@@ -154,6 +153,8 @@ def cause_of(member: Member, now_ns: int) -> Cause:
     # Of a process that competes with others for the cores, the share may be small.
     if facts.cpu_share >= BUSY_SHARE or facts.state.kind is Kind.RUNNING:
         return Cause.BUSY
+    if was_interrupted:  # it may have caught that, and have done much since
+        return Cause.INTERRUPTED
     if now_ns - board.seen_ns > FRESH_NS:
         return Cause.HOLDS_GIL
     return Cause.INPUT if is_input(facts.frames) else Cause.SLEEPS

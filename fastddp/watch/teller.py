@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastddp.watch import board, events, named, text
+from fastddp.watch import board, events, groups, named, text
 from fastddp.watch.frames import is_at_breakpoint, own, place_in_script
-from fastddp.watch.layout import Source
+from fastddp.watch.layout import Ending, Source
 from fastddp.watch.meeting_points import reached_from, waits_of
 from fastddp.watch.process import Kind, state_of
 from fastddp.watch.say import say
@@ -21,6 +21,7 @@ _BUSY_FACTOR = 30
 _UNKNOWN_FACTOR = 3
 """Of ranks that have not begun nothing is known: as a rule they import, or load data. Those of
 other hosts take a while to answer."""
+_COMES_NO_MORE = (Kind.GONE, Kind.ZOMBIE, Kind.STOPPED, Kind.TRACED)
 
 
 @dataclass
@@ -101,6 +102,7 @@ class Teller:
                 fault = stall.roots[0].rank
                 events.record(events.Kind.STALL_END, stall.wait.owner, fault, lasted_ns)
             has_failed = named.failed_ns >= stall.wait.since_ns
+            has_failed |= mine.ending is Ending.INTERRUPTED
             if not stall.is_debugged and not has_failed and _may_have_come(stall):
                 say([text.end_line(stall, lasted_ns / 1e9)])
 
@@ -115,6 +117,16 @@ def _may_have_come(stall: Stall) -> bool:
         them = absence.member.board
         if absence.cause in (Cause.DEAD, Cause.OUT_OF_MEMORY, Cause.EXITING):
             return False
-        if them is not None and state_of(them.pid, them.born).kind in (Kind.GONE, Kind.ZOMBIE):
+        if them is None:
+            continue
+        if state_of(them.pid, them.born).kind in _COMES_NO_MORE:
+            return False
+        if _has_not_moved(stall.wait, them, groups.board_of(absence.rank)):
             return False
     return bool(stall.roots)
+
+
+def _has_not_moved(wait: WaitSeen, before: Snapshot, now: Snapshot | None) -> bool:
+    """Returns whether a rank is where it was in the model that is waited for, as it shows there."""
+    model = before.model(wait.owner, wait.group) if wait.owner else None
+    return model is not None and now is not None and now.model(wait.owner, wait.group) == model

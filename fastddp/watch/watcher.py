@@ -195,7 +195,7 @@ def watch_group(name: str, ranks: Sequence[int], index: int, store: Any) -> None
 
     Raises:
         ValueError: if ``FASTDDP_STALL`` or ``FASTDDP_STALL_SECONDS`` is not valid. A system that
-            does not let the group be watched is no error.
+            does not let the group be watched raises nothing.
     """
     config.stall()
     config.stall_seconds()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fastddp.watch import board, groups
+from fastddp.watch import board, groups, names
 from fastddp.watch.board import Board
 from fastddp.watch.groups import Watched, watch_group
 from fastddp.watch.names import DEFAULT_GROUP
@@ -21,6 +21,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
     own = Board()
     monkeypatch.setattr(board, "_board", own)
     monkeypatch.setattr(groups, "_groups", {})
+    monkeypatch.setattr(names, "_groups", {})
     return own
 
 

@@ -48,6 +48,17 @@ def judged(*others: Rank, first: Rank = WAITING) -> Stall:
         ),
         pytest.param(Rank(ending=Ending.EXITING), Cause.EXITING, id="early exit"),
         pytest.param(Rank(ending=Ending.INTERRUPTED), Cause.INTERRUPTED, id="Ctrl-C"),
+        pytest.param(
+            Rank(ending=Ending.INTERRUPTED, cpu_share=0.9), Cause.BUSY, id="Ctrl-C, then busy"
+        ),
+        pytest.param(
+            Rank(
+                ending=Ending.INTERRUPTED,
+                frames=[Frame("/usr/lib/python3.11/pdb.py", 9, "interaction")],
+            ),
+            Cause.DEBUGGED,
+            id="Ctrl-C, then a breakpoint",
+        ),
         pytest.param(Rank([BARRIER], [model(steps=5)]), Cause.ELSEWHERE, id="extra collective"),
         pytest.param(
             Rank([wait(Source.NAMED, number=0, text="the broadcast before forward")]),
