@@ -56,7 +56,7 @@ def gather(group: ProcessGroup, mine: torch.Tensor, dst: int, call: str) -> list
     options = GatherOptions()
     options.rootRank = dst
     with waiting(group, call):
-        work = group.gather([gathered] if gathered else [], [mine], options)
-        wait_for(work, group, mine.device)
+        # Without a name for the work: it refers to the tensors, and the loans end below.
+        wait_for(group.gather([gathered] if gathered else [], [mine], options), group, mine.device)
     settle(loans)
     return gathered
