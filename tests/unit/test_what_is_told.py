@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastddp.watch import board, groups, teller
+from fastddp.watch import board, groups, named, teller
 from fastddp.watch.board import Board
 from fastddp.watch.layout import Ending, Header, Source
 from fastddp.watch.process import Kind, born
@@ -38,6 +38,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
     own = Board()
     own.put(Header.RANK, 0)
     monkeypatch.setattr(board, "_board", own)
+    monkeypatch.setattr(named, "failed_ns", 0)
     yield own
     if own.fd >= 0:
         os.close(own.fd)
