@@ -34,9 +34,9 @@ enum Header : std::size_t {
   kStackFile,
   kMainThread,
   kEnding,
-  kIssuer,     // the kernel's number of the thread that began the latest collective
-  kHandOvers,  // how often another thread began one than did before
-  kHeaderWords = 32,
+  kIssuer,            // the kernel's number of the thread that began the latest collective
+  kHandOvers,         // how often another thread began one than did before
+  kHeaderWords = 32,  // those between are written by Python alone
 };
 
 // Of one model: what its reducer has come to.

@@ -256,7 +256,8 @@ def test_a_rank_that_is_alone_in_a_call_names_it_and_who_is_missing() -> None:
             assert re.match(rf"{begin} \(rank 1 waits in {barrier}\): .", error), error
     told = "\n".join(by_rank[0][1])
     for call in COLLECTIVE.values():
-        begin = rf"fastddp: rank 0 has waited for 1\.\d s in {re.escape(call)}(, step 1)?, at .*\n"
+        where = r"( on group '\d+')?(, step 1)?, at .*\n"
+        begin = rf"fastddp: rank 0 has waited for 1\.\d s in {re.escape(call)}{where}"
         assert re.search(
             rf"{begin}  waiting too: rank 2\n  rank 1 has not come: it waits in {barrier}", told
         ), told
@@ -289,6 +290,6 @@ def _in_different_calls(rank: int, world_size: int, across_hosts: bool) -> str:
 @pytest.mark.parametrize("across_hosts", [False, True])
 def test_ranks_in_different_calls_are_told_both(across_hosts: bool) -> None:
     assert run_ranks(_in_different_calls, 2, across_hosts, env=SOON) == [
-        "fastddp: rank 0: the first failed (rank 1 waits in the second): too late",
-        "fastddp: rank 1: the second failed (rank 0 waits in the first): too late",
+        "fastddp: rank 0: the first failed (rank 1 waits in the second on group '1'): too late",
+        "fastddp: rank 1: the second failed (rank 0 waits in the first on group '1'): too late",
     ]

@@ -310,7 +310,9 @@ def _healthy(rank: int, world_size: int) -> None:
 def test_a_healthy_run_says_nothing(
     transport: str, engine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_ranks(_healthy, 2, env=environment(transport, FASTDDP_ENGINE=engine))
+    # Longer than a busy machine keeps a rank from running.
+    env = environment(transport, FASTDDP_ENGINE=engine, FASTDDP_STALL_SECONDS="8")
+    run_ranks(_healthy, 2, env=env)
     assert told(capsys) == []
 
 

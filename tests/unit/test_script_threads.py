@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,18 @@ def wait(inside, over, timeout_s):
     inside.set()
     over.wait(timeout_s)
 """
+
+
+@pytest.fixture(autouse=True)
+def only_threads_of_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides the threads of pytest and of earlier tests."""
+    current_frames = sys._current_frames
+    before = current_frames().keys() - {threading.main_thread().ident}
+    monkeypatch.setattr(
+        sys,
+        "_current_frames",
+        lambda: {i: frame for i, frame in current_frames().items() if i not in before},
+    )
 
 
 def in_file(file: str) -> Callable[..., None]:
