@@ -19,9 +19,11 @@ from fastddp.ddp.wrapper import DistributedDataParallel
 from fastddp.device import memory
 from fastddp.device.flat import flatten, unflatten
 from fastddp.errors import MismatchError, RankError
+from fastddp.installed import info
 from fastddp.integrations.patch import patch
-from fastddp.report import info
+from fastddp.timeline.live import report
 from fastddp.version import __version__
+from fastddp.watch.events import trace
 
 __all__ = [
     "DataParallel",
@@ -37,7 +39,9 @@ __all__ = [
     "init_process_group",
     "memory",
     "patch",
+    "report",
     "spawn",
+    "trace",
     "unflatten",
     "wrap",
 ]

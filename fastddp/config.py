@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def engine() -> str | None:
@@ -55,6 +56,43 @@ def keep_memory() -> bool:
         ValueError: if the variable is neither 0 nor 1.
     """
     return _is_on("FASTDDP_KEEP_MEMORY")
+
+
+def stall() -> str:
+    """Returns ``FASTDDP_STALL``: what is done about ranks that wait for each other for long.
+
+    ``raise`` tells what they wait for, and ends waits that can never end; ``warn`` only tells;
+    ``off`` does not look.
+
+    Raises:
+        ValueError: if the variable is set to anything else.
+    """
+    value = os.environ.get("FASTDDP_STALL") or "raise"
+    if value not in ("raise", "warn", "off"):
+        raise ValueError(f"FASTDDP_STALL={value!r} is not one of raise, warn, off")
+    return value
+
+
+def stall_seconds() -> float:
+    """Returns ``FASTDDP_STALL_SECONDS``: after how many seconds a wait is told of; 10 by default.
+
+    Raises:
+        ValueError: if the variable is not a number greater than 0.
+    """
+    text = os.environ.get("FASTDDP_STALL_SECONDS") or "10"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"FASTDDP_STALL_SECONDS={text!r} is not a number greater than 0")
+    return seconds
+
+
+def trace() -> Path | None:
+    """Returns ``FASTDDP_TRACE``: the folder for files with the ranks' events; None for no files."""
+    value = os.environ.get("FASTDDP_TRACE")
+    return Path(value).absolute() if value else None
 
 
 def side_stream() -> bool:

@@ -399,7 +399,7 @@ def _settle(order: _Order) -> None:
     """Make the forked process independent: group, output, environment, signals, lifeline."""
     global _stacks_file
     os.setpgid(0, 0)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _die_with_parent()
     output = os.open(order.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -418,10 +418,17 @@ def _settle(order: _Order) -> None:
 
 
 def _die_with_parent() -> None:
+    """Starts a thread that ends the process's group with the parent.
+
+    No frame of it is of a script's: of a thread that has one, the watcher does not know what it
+    will call.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
+    then = contextlib.ExitStack()  # calls the last one first
+    then.callback(os.killpg, 0, signal.SIGKILL)
+    then.callback(parent.join)
+    threading.Thread(target=then.close, daemon=True).start()
 
 
 def _run(order: _Order) -> bytes:

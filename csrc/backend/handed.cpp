@@ -65,6 +65,7 @@ HandedCollectives::Work HandedCollectives::start(HandedCall call,
   Request wanted{call.type, call.title, call.results, timeout, async};
   return starter_.start(std::move(wanted), [this, call = std::move(call),
                                             launch = std::move(launch)](shm::Deadline deadline) {
+    const shm::Ending ending(*group_);
     compare(call, deadline);
     Stand stand(!is_reduction(call.kind));  // gloo moves no complex numbers
     const Work work = launch_together(launch, stand, deadline);
@@ -98,7 +99,8 @@ std::vector<std::string> HandedCollectives::exchange_across(const std::string& m
   Tensors inputs{bytes_of(mine)};
   std::vector<Tensors> outputs(1);
   for (int i = 0; i < size_; ++i) outputs[0].push_back(at::empty_like(inputs[0]));
-  HandedWork(connections_.inner()->allgather(outputs, inputs, {}), group_)
+  HandedWork(connections_.inner()->allgather(outputs, inputs, {}), group_,
+             group_->describe_current())
       .wait(time_left(deadline));
   return texts_in(outputs[0]);
 }
@@ -135,7 +137,7 @@ HandedCollectives::Work HandedCollectives::launch_together(const Call& launch,
 
 void HandedCollectives::wait_for(const Work& work, shm::Deadline deadline) {
   try {
-    HandedWork(work, group_).wait(time_left(deadline));
+    HandedWork(work, group_, group_->describe_current()).wait(time_left(deadline));
   } catch (const c10::DistError&) {
     throw;
   } catch (const c10::Error&) {

@@ -8,15 +8,18 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "core/deadline.h"
+#include "core/slow_wait.h"
 #include "shm/error.h"
 #include "shm/group.h"
 #include "tensor/error_text.h"
@@ -25,8 +28,12 @@ namespace fastddp {
 
 class HandedWork final : public c10d::Work {
  public:
-  HandedWork(c10::intrusive_ptr<c10d::Work> work, std::shared_ptr<shm::Group> group)
-      : work_(std::move(work)), group_(std::move(group)) {
+  // `text` says what it is, and `peers` whom it needs, a bit for each rank.
+  HandedWork(c10::intrusive_ptr<c10d::Work> work,
+             std::shared_ptr<shm::Group> group,
+             std::string text,
+             std::uint64_t peers = 0)
+      : work_(std::move(work)), group_(std::move(group)), text_(std::move(text)), peers_(peers) {
     try {
       work_->getFuture()->addCallback([ended = ended_](c10::ivalue::Future&) {
         const std::lock_guard lock(ended->mutex);
@@ -54,6 +61,8 @@ class HandedWork final : public c10d::Work {
       return work_->wait(kNoTimeout);
     } catch (const shm::Error& error) {
       TORCH_CHECK_WITH(DistBackendError, false, error.what());
+    } catch (const Interruption&) {
+      throw;
     } catch (const std::exception& error) {
       explain(error);
       throw;
@@ -68,14 +77,33 @@ class HandedWork final : public c10d::Work {
   };
 
   void wait_for_its_end(std::chrono::milliseconds timeout) {
-    constexpr std::chrono::milliseconds kLookAround{50};
+    const auto begin = std::chrono::steady_clock::now();
     const auto deadline = deadline_in(timeout);
+    std::optional<SlowWait> slow;
     std::unique_lock lock(ended_->mutex);
     while (!ended_->changed.wait_for(lock, kLookAround, [this] { return ended_->is; })) {
+      lock.unlock();  // what follows may run Python
       group_->check();
       TORCH_CHECK_WITH(
           DistBackendError, timeout == kNoTimeout || std::chrono::steady_clock::now() < deadline,
           "fastddp: timed out: a collective did not end within ", timeout.count(), " ms");
+      // Its thread need not be the one that carries out the group's collectives, so their numbers
+      // and labels are not to be read here.
+      if (!slow)
+        slow.emplace(SlowWait::What{board::Source::kShm, group_->id()}, text_,
+                     std::chrono::steady_clock::now() - begin);
+      look(*slow);
+      lock.lock();
+    }
+  }
+
+  void look(SlowWait& wait) const {
+    try {
+      // Nobody knows here whether these have posted their ends.
+      wait.look(/*missing=*/0, /*unfinished=*/peers_);
+    } catch (const WaitFailed& error) {
+      group_->abort(error.what());
+      group_->check();
     }
   }
 
@@ -98,6 +126,8 @@ class HandedWork final : public c10d::Work {
 
   const c10::intrusive_ptr<c10d::Work> work_;
   const std::shared_ptr<shm::Group> group_;
+  const std::string text_;
+  const std::uint64_t peers_;
   bool tells_when_it_ends_ = true;  // some works of gloo's do not
   const std::shared_ptr<Ended> ended_ = std::make_shared<Ended>();
 };

@@ -3,18 +3,17 @@
 #include <ATen/ops/empty_like.h>
 
 #include <chrono>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "core/deadline.h"
+#include "core/slow_wait.h"
+#include "shm/error.h"
 #include "tensor/error_text.h"
+#include "tensor/patience.h"
 
 namespace fastddp {
-namespace {
-
-constexpr std::chrono::milliseconds kLookAround{50};
-
-}  // namespace
 
 template <typename Options, typename Launch>
 Lane::Work Lane::launched(const Launch& launch) {
@@ -46,16 +45,20 @@ Lane::Work Lane::all_reduce(const at::Tensor& part, c10d::ReduceOp::RedOpType op
 }
 
 void Lane::await(c10d::Work& work) {
-  // If another rank here breaks the group, what this waits for may never arrive.
-  while (!work.isCompleted()) {
-    try {
-      work.wait(kLookAround);
-    } catch (const std::exception&) {
-      group_.check_current();
-    }
-  }
+  std::optional<SlowWait> slow;
   try {
-    work.wait(kNoTimeout);
+    wait_looking_around(work, [&](std::chrono::nanoseconds lasted) {
+      // If another rank here breaks the group, what this waits for may never arrive.
+      group_.check_current();
+      if (!slow) slow.emplace(group_.what(), group_.describe_current() + ", between hosts", lasted);
+      slow->look();
+    });
+  } catch (const Interruption&) {
+    throw;
+  } catch (const shm::Error&) {
+    throw;
+  } catch (const WaitFailed& error) {
+    group_.fail(error.what());
   } catch (const std::exception& error) {
     fail(error);
   }

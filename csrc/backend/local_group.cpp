@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/board.h"
 #include "shm/error.h"
 #include "shm/heap.h"
 #include "shm/process.h"
@@ -47,8 +48,8 @@ LocalGroup LocalGroup::open(int rank, const LocalRanks& local) {
     throw shm::Error("the ranks use different versions of fastddp");
   }
   const auto me = std::find(local.ranks.begin(), local.ranks.end(), rank) - local.ranks.begin();
-  memory->group =
-      std::make_unique<shm::Group>(layout, std::move(members), static_cast<std::size_t>(me));
+  memory->group = std::make_unique<shm::Group>(
+      layout, std::move(members), static_cast<std::size_t>(me), board::id_of(local.name));
   return {{memory, memory->group.get()}, layout};
 }
 

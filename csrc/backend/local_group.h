@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "shm/group.h"
@@ -16,6 +17,7 @@ struct LocalRanks {
   std::vector<int> ranks;           // of the group, ascending
   std::vector<shm::Address> heaps;  // theirs
   shm::Address control;             // the segment that they share
+  std::string name;                 // of the group that users know
 };
 
 struct LocalGroup {

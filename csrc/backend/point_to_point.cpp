@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "backend/errors.h"
 #include "backend/handed_work.h"
@@ -52,7 +53,8 @@ PointToPoint::Work PointToPoint::receive_from_any(Tensors& tensors, int tag) {
   check_received(tensors);
   const std::lock_guard lock(mutex_);
   messages_.take_from_anybody(static_cast<std::uint32_t>(tag));
-  return c10::make_intrusive<HandedWork>(connections_.inner()->recvAnysource(tensors, tag), group_);
+  return c10::make_intrusive<HandedWork>(connections_.inner()->recvAnysource(tensors, tag), group_,
+                                         "recv from any rank with tag " + std::to_string(tag));
 }
 
 // Launches one end of a message unless its size is not that of the other end. Gloo ends the process
@@ -63,12 +65,16 @@ PointToPoint::Work PointToPoint::compared(
   const std::size_t place = group_->index_of(peer);
   const bool is_known = place < group_->size() && place != group_->me() && tag >= 0 &&
                         tensors.size() == 1 && can_move(tensors[0]);
-  if (!is_known) return c10::make_intrusive<HandedWork>(launch(), group_);
+  const bool sends = end == shm::End::kSender;
+  const std::string text = (sends ? "send to rank " : "recv from rank ") + std::to_string(peer) +
+                           " with tag " + std::to_string(tag);
+  const std::uint64_t peers = peer >= 0 && peer < 64 ? std::uint64_t{1} << peer : 0;
+  const auto work = [&] { return c10::make_intrusive<HandedWork>(launch(), group_, text, peers); };
+  if (!is_known) return work();
   const std::lock_guard lock(mutex_);
   const std::uint64_t mine = tensors[0].nbytes();
   const auto theirs = messages_.announce(end, place, static_cast<std::uint32_t>(tag), mine);
   if (theirs && *theirs != mine) {
-    const bool sends = end == shm::End::kSender;
     group_->abort(c10::str("the ranks do not agree: with tag ", tag, ", rank ",
                            sends ? rank_ : peer, " sends ", sends ? mine : *theirs,
                            " bytes to rank ", sends ? peer : rank_, ", which receives ",
@@ -77,7 +83,7 @@ PointToPoint::Work PointToPoint::compared(
     as_torch_error([&] { group_->check(); });
   }
   try {
-    return c10::make_intrusive<HandedWork>(launch(), group_);
+    return work();
   } catch (...) {
     messages_.withdraw();
     throw;

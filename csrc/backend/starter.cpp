@@ -14,7 +14,9 @@
 #include "backend/errors.h"
 #include "backend/plain.h"
 #include "backend/turn_work.h"
+#include "core/board.h"
 #include "core/deadline.h"
+#include "core/slow_wait.h"
 #include "shm/error.h"
 #include "shm/label.h"
 #include "tensor/error_text.h"
@@ -34,6 +36,7 @@ Starter::Starter(
 c10::intrusive_ptr<c10d::Work> Starter::start(Request request, Body body) {
   check_usable();
   count_.fetch_add(1, std::memory_order_relaxed);
+  board::note_issuer();
   const auto timeout =
       request.timeout == c10d::kUnsetTimeout ? connections_.timeout() : request.timeout;
   // Inference tensors may be written to in inference mode only, which is a thread's own.
@@ -54,10 +57,29 @@ c10::intrusive_ptr<c10d::Work> Starter::start(Request request, Body body) {
                                             turns_);
   if (request.async) {
     work->submit(std::move(turn));
-  } else {
-    work->run(turn);
+    return work;
   }
+  work->run(turn, [this] { skip(); });
   return work;
+}
+
+// Called while an exception is under way that has come before this rank's part had its turn.
+void Starter::skip() {
+  group_.abort(reason());
+  // What has the turn now uses the connections.
+  if (spans_hosts()) turns_->enqueue([this] { tell_other_hosts(); });
+}
+
+// What the exception under way means to the other ranks.
+std::string Starter::reason() const {
+  const std::string who = "rank " + std::to_string(rank_);
+  try {
+    throw;
+  } catch (const Interruption& error) {
+    return who + " was interrupted (" + error.name() + ")";
+  } catch (const std::exception& error) {
+    return who + " failed: " + text_of(error);
+  }
 }
 
 void Starter::run(const Body& body, std::chrono::milliseconds timeout) {
@@ -68,9 +90,9 @@ void Starter::run(const Body& body, std::chrono::milliseconds timeout) {
   } catch (const shm::Error& error) {
     if (spans_hosts()) tell_other_hosts();
     TORCH_CHECK_WITH(DistBackendError, false, error.what());
-  } catch (const std::exception& error) {
+  } catch (const std::exception&) {
     // This rank may not have begun what the others are in.
-    group_.abort("rank " + std::to_string(rank_) + " failed: " + text_of(error));
+    group_.abort(reason());
     if (spans_hosts()) tell_other_hosts();
     throw;
   }
@@ -91,13 +113,14 @@ void Starter::announce(shm::Kind kind) {
   count_.fetch_add(1, std::memory_order_relaxed);
   const auto body = [this, kind, label = shm::Label::current()] {
     const shm::Label whose(label);
+    const shm::Ending ending(group_);
     collectives_.announce(kind, 0, deadline_in(connections_.timeout()));
   };
   if (!turns_->idle()) {
     turns_->submit(body);
     return;
   }
-  as_torch_error([&] { turns_->run(body); });
+  as_torch_error([&] { turns_->run(body, [this] { skip(); }); });
 }
 
 void Starter::refuse(const std::string& why) {
@@ -126,6 +149,15 @@ void Starter::check_usable() const {
                    "use it; call init_process_group() here, or start the process by spawn");
   TORCH_CHECK_WITH(DistBackendError, !has_left_, "fastddp: rank ", rank_,
                    ": the process group was destroyed; make another one");
+  check_not_within();
+}
+
+// What waits for a turn would wait for itself.
+void Starter::check_not_within() const {
+  TORCH_CHECK_WITH(DistBackendError, !turns_->is_within(), "fastddp: rank ", rank_,
+                   ": a signal handler that was called within a collective has used the process "
+                   "group of that collective; raise an exception in the handler instead, and use "
+                   "the group where that is caught");
 }
 
 bool Starter::is_idle() const {
@@ -134,6 +166,7 @@ bool Starter::is_idle() const {
 }
 
 void Starter::leave(std::chrono::milliseconds patience) {
+  check_not_within();
   has_left_ = true;
   // What is under way ends well if the other ranks come to it.
   const bool ended = turns_->wait_until_idle(patience);

@@ -68,6 +68,9 @@ class Starter {
 
  private:
   void run(const Body& body, std::chrono::milliseconds timeout);
+  void skip();
+  std::string reason() const;
+  void check_not_within() const;
   void tell_other_hosts();
   bool spans_hosts() const { return static_cast<int>(group_.size()) != size_; }
 

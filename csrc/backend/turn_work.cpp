@@ -35,9 +35,9 @@ TurnWork::TurnWork(c10d::OpType type,
   if (recordFunctionEndCallback_) outcome_->at_end(std::move(recordFunctionEndCallback_));
 }
 
-void TurnWork::run(const Turns::Body& body) {
+void TurnWork::run(const Turns::Body& body, const Turns::Body& at_skip) {
   try {
-    turns_->run(body);
+    turns_->run(body, at_skip);
   } catch (...) {
     outcome_->set(std::current_exception());
     throw;

@@ -38,7 +38,7 @@ class TurnWork final : public c10d::Work {
            std::shared_ptr<Turns> turns);
 
   // One of the two starts it. run() returns when it has ended, and throws what it throws.
-  void run(const Turns::Body& body);
+  void run(const Turns::Body& body, const Turns::Body& at_skip);
   // What `body` writes to has to be held by it, since the caller may drop this at any time.
   void submit(Turns::Body body);
 

@@ -5,6 +5,8 @@
 
 namespace fastddp {
 
+void bind_board(pybind11::module_& m);
+void bind_events(pybind11::module_& m);
 void bind_kernels(pybind11::module_& m);
 void bind_reducer(pybind11::module_& m);
 void bind_shm(pybind11::module_& m);

@@ -45,6 +45,8 @@ void bind_memory(py::module_& m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::module_::import("torch.distributed");  // registers the type ProcessGroup
   fastddp::bind_plan(m);
+  fastddp::bind_board(m);
+  fastddp::bind_events(m);
   fastddp::bind_kernels(m);
   fastddp::bind_memory(m);
   fastddp::bind_reducer(m);

@@ -76,22 +76,25 @@ void set_on_news(Reducer& reducer, py::object callback) {
   reducer.set_on_news([callable](News news) { callable.call(static_cast<int>(news)); });
 }
 
+py::dict stats_of(const Reducer& reducer) {
+  using namespace py::literals;
+  Stats stats;
+  {
+    const py::gil_scoped_release no_gil;
+    stats = reducer.stats();
+  }
+  return py::dict("rounds"_a = stats.rounds, "wait_us_total"_a = stats.wait_us_total,
+                  "wait_us_last"_a = stats.wait_us_last,
+                  "bytes_per_round"_a = stats.bytes_per_round, "num_buckets"_a = stats.num_buckets,
+                  "overlaps"_a = stats.overlaps, "began_ns"_a = stats.began_ns,
+                  "backward_us_last"_a = stats.backward_us_last,
+                  "comm_us_last"_a = stats.comm_us_last,
+                  "unused_bytes_last"_a = stats.unused_bytes_last, "is_static"_a = stats.is_static);
+}
+
 }  // namespace
 
 void bind_reducer(py::module_& m) {
-  py::class_<Stats>(m, "Stats")
-      .def_readonly("rounds", &Stats::rounds)
-      .def_readonly("wait_us_total", &Stats::wait_us_total)
-      .def_readonly("wait_us_last", &Stats::wait_us_last)
-      .def_readonly("bytes_per_round", &Stats::bytes_per_round)
-      .def_readonly("num_buckets", &Stats::num_buckets)
-      .def_readonly("overlaps", &Stats::overlaps)
-      .def_readonly("began_ns", &Stats::began_ns)
-      .def_readonly("backward_us_last", &Stats::backward_us_last)
-      .def_readonly("comm_us_last", &Stats::comm_us_last)
-      .def_readonly("unused_bytes_last", &Stats::unused_bytes_last)
-      .def_readonly("is_static", &Stats::is_static);
-
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Reducer, std::shared_ptr<Reducer>>(m, "Reducer")
       .def(py::init(&make_reducer), py::arg("params"), py::arg("names"), py::arg("num_sparse"),
@@ -108,6 +111,9 @@ void bind_reducer(py::module_& m) {
       .def_property_readonly("has_left_news",
                              py::cpp_function(&Reducer::has_left_news, without_gil))
       .def_property_readonly("began_ns", &Reducer::began_ns)
+      .def_property_readonly(
+          "rounds",
+          py::cpp_function([](const Reducer& self) { return self.stats().rounds; }, without_gil))
       .def("read_left_news", &Reducer::read_left_news, without_gil)
       .def("leave_news", &Reducer::leave_news, without_gil)
       .def("is_stale", &Reducer::is_stale, without_gil)
@@ -122,7 +128,7 @@ void bind_reducer(py::module_& m) {
       .def("error", &Reducer::error, without_gil)
       .def("used_by", &Reducer::used_by, without_gil)
       .def("close", &Reducer::close, without_gil)
-      .def("stats", &Reducer::stats, without_gil)
+      .def("stats", &stats_of)
       .def("plan", &Reducer::plan, without_gil);
 }
 

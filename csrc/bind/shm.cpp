@@ -33,14 +33,14 @@ void bind_shm(py::module_& m) {
   py::class_<ShmBackend, c10d::Backend, c10::intrusive_ptr<ShmBackend>>(m, "ShmBackend")
       .def(py::init([](int rank, int size, c10::intrusive_ptr<c10d::Backend> inner,
                        std::vector<int> ranks, std::vector<shm::Address> heaps,
-                       const shm::Address& control, double timeout_s) {
+                       const shm::Address& control, double timeout_s, std::string name) {
              return c10::make_intrusive<ShmBackend>(
                  rank, size, std::move(inner),
-                 LocalRanks{std::move(ranks), std::move(heaps), control},
+                 LocalRanks{std::move(ranks), std::move(heaps), control, std::move(name)},
                  std::chrono::milliseconds(static_cast<std::int64_t>(timeout_s * 1000)));
            }),
            py::arg("rank"), py::arg("size"), py::arg("inner"), py::arg("ranks"), py::arg("heaps"),
-           py::arg("control"), py::arg("timeout_s"), without_gil)
+           py::arg("control"), py::arg("timeout_s"), py::arg("name"), without_gil)
       .def("_set_default_timeout", &ShmBackend::setTimeout, py::arg("timeout"), without_gil)
       .def(
           "set_lanes",

@@ -1,6 +1,10 @@
 #include "core/outcome.h"
 
+#include <algorithm>
+#include <optional>
+
 #include "core/deadline.h"
+#include "core/slow_wait.h"
 
 namespace fastddp {
 
@@ -35,11 +39,24 @@ std::exception_ptr Outcome::error() const {
 }
 
 bool Outcome::wait(std::chrono::milliseconds timeout) const {
+  using std::chrono::steady_clock;
   std::unique_lock lock(mutex_);
-  if (timeout.count() > 0)
-    return changed_.wait_until(lock, deadline_in(timeout), [this] { return set_; });
-  changed_.wait(lock, [this] { return set_; });
-  return true;
+  if (set_) return true;
+  const auto begin = steady_clock::now();
+  const auto end = timeout.count() > 0 ? deadline_in(timeout) : steady_clock::time_point::max();
+  std::optional<SlowWait> slow;
+  while (true) {
+    const auto look = std::min(steady_clock::now() + kLookAround, end);
+    if (changed_.wait_until(lock, look, [this] { return set_; })) return true;
+    if (steady_clock::now() >= end) return false;
+    lock.unlock();  // what follows may run Python
+    if (!slow)
+      slow.emplace(SlowWait::What{board::Source::kOwnThread},
+                   "a collective that another thread of this process carries out",
+                   steady_clock::now() - begin);
+    slow->look();
+    lock.lock();
+  }
 }
 
 }  // namespace fastddp

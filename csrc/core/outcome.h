@@ -29,7 +29,8 @@ class Outcome {
 
   bool is_set() const;
   std::exception_ptr error() const;
-  // False if it was not set in time; zero means no limit.
+  // False if it was not set in time; zero means no limit. Throws what a signal handler of the
+  // script raises meanwhile; it may be waited for again then.
   bool wait(std::chrono::milliseconds timeout) const;
 
  protected:

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <exception>
+#include <optional>
 #include <system_error>
 #include <utility>
+
+#include "core/slow_wait.h"
 
 namespace fastddp {
 namespace {
@@ -12,13 +15,10 @@ thread_local bool is_worker = false;
 
 }  // namespace
 
-void Turns::run(const Body& body) {
+void Turns::run(const Body& body, const Body& at_skip) {
   sweep();  // before the turn is taken: it may run a destructor that takes one
-  {
-    std::unique_lock lock(mutex_);
-    const std::uint64_t turn = next_++;
-    changed_.wait(lock, [&] { return now_ == turn; });
-  }
+  await_turn(at_skip);
+  runner_ = std::this_thread::get_id();
   try {
     body();
   } catch (...) {
@@ -28,9 +28,42 @@ void Turns::run(const Body& body) {
   end_turn();
 }
 
+void Turns::await_turn(const Body& at_skip) {
+  using std::chrono::steady_clock;
+  std::unique_lock lock(mutex_);
+  const std::uint64_t turn = next_++;
+  if (now_ == turn) return;
+  const auto begin = steady_clock::now();
+  std::optional<SlowWait> slow;
+  while (!changed_.wait_for(lock, kLookAround, [&] { return now_ == turn; })) {
+    lock.unlock();  // what follows may run Python
+    try {
+      if (!slow)
+        slow.emplace(SlowWait::What{board::Source::kOwnThread},
+                     "a collective that was launched before, and another thread carries out",
+                     steady_clock::now() - begin);
+      slow->look();
+    } catch (...) {
+      if (at_skip) at_skip();
+      lock.lock();
+      given_up_.insert(turn);
+      skip();
+      throw;
+    }
+    lock.lock();
+  }
+}
+
 void Turns::end_turn() {
   const std::lock_guard lock(mutex_);
+  runner_ = std::thread::id();
   ++now_;
+  skip();
+}
+
+// Goes on to the next turn that somebody waits for, and tells all that the turn has changed.
+void Turns::skip() {
+  while (given_up_.erase(now_) != 0) ++now_;
   changed_.notify_all();
 }
 
@@ -95,7 +128,7 @@ void Turns::work() {
     lock.lock();
     ended_.push_back(std::move(job));
     ++now_;
-    changed_.notify_all();
+    skip();
     lock.unlock();
     const bool has_listener = outcome->set(error);
     lock.lock();

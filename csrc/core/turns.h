@@ -9,6 +9,7 @@
 // another job, so there is always one more thread than are busy with that.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -27,8 +29,10 @@ class Turns : public std::enable_shared_from_this<Turns> {
  public:
   using Body = std::function<void()>;
 
-  // Runs `body` now, after all that was launched before. Throws what it throws.
-  void run(const Body& body);
+  // Runs `body` now, after all that was launched before. Throws what it throws. Throws what a
+  // signal handler of the script raises before its turn comes: then it does not run, and `at_skip`
+  // does, before anything behind it.
+  void run(const Body& body, const Body& at_skip = {});
 
   // Has `body` run in the other thread. What it holds, and the outcome, are kept until it has ended
   // and somebody waits or launches: a Python object must not be freed by a thread that Python may
@@ -37,6 +41,10 @@ class Turns : public std::enable_shared_from_this<Turns> {
 
   // As submit(), but frees nothing: within a body, a destructor might wait for a turn.
   void enqueue(Body body, std::shared_ptr<Outcome> outcome = std::make_shared<Outcome>());
+
+  // Whether this thread is within run(), where it must not wait for a turn: a signal handler may
+  // have been called there.
+  bool is_within() const { return runner_.load() == std::this_thread::get_id(); }
 
   // Whether run() would start at once.
   bool idle() const;
@@ -60,6 +68,8 @@ class Turns : public std::enable_shared_from_this<Turns> {
   };
 
   void work();
+  void await_turn(const Body& at_skip);
+  void skip();
   void end_turn();
   void ensure_a_free_thread();
 
@@ -67,6 +77,8 @@ class Turns : public std::enable_shared_from_this<Turns> {
   std::condition_variable changed_;
   std::uint64_t next_ = 0;
   std::uint64_t now_ = 0;
+  std::set<std::uint64_t> given_up_;       // turns that nothing runs in
+  std::atomic<std::thread::id> runner_{};  // within run()
   std::deque<Job> queue_;
   std::vector<Job> ended_;
   std::vector<std::thread> threads_;

@@ -5,6 +5,7 @@
 #include <exception>
 #include <utility>
 
+#include "core/slow_wait.h"
 #include "tensor/error_text.h"
 
 namespace fastddp {
@@ -40,7 +41,9 @@ void Agreements::await_schedule() {
 
 at::Tensor Agreements::take(std::optional<Exchange>& exchange, const char* what) const {
   try {
-    exchange->work->wait();
+    context_.group.wait_for(*exchange->work, what);
+  } catch (const Interruption&) {
+    throw;
   } catch (const std::exception& error) {
     TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", context_.rank(), ": ", what,
                      " failed: ", text_of(error));

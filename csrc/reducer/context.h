@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "core/events.h"
 #include "reducer/group.h"
 
 namespace fastddp {
@@ -27,6 +28,11 @@ struct Context {
   const bool runs_inline;
 
   int rank() const { return group.rank(); }
+
+  // Records an event of this model.
+  void record(events::Kind kind, std::uint64_t a = 0, std::uint64_t b = 0) const {
+    events::record(kind, owner.number, a, b);
+  }
 };
 
 }  // namespace fastddp

@@ -16,7 +16,9 @@
 #include <utility>
 #include <vector>
 
+#include "core/events.h"
 #include "core/plan.h"
+#include "core/slow_wait.h"
 #include "tensor/error_text.h"
 
 namespace fastddp {
@@ -39,6 +41,9 @@ struct Stats {
 
 class Figures {
  public:
+  // `owner` is the number of the model.
+  explicit Figures(std::uint32_t owner) : owner_(owner) {}
+
   // ---- at any time, from any thread ----
 
   Stats stats() const;
@@ -57,7 +62,11 @@ class Figures {
   void noting_errors(Entry entry) {
     try {
       entry();
+    } catch (const Interruption&) {  // not an error of the model's
+      events::record(events::Kind::kError, owner_);
+      throw;
     } catch (const std::exception& error) {
+      events::record(events::Kind::kError, owner_);
       set_error(text_of(error));  // the text may take the GIL, so it is made before any lock
       throw;
     }
@@ -83,6 +92,7 @@ class Figures {
     std::string error;
   };
 
+  const std::uint32_t owner_;
   mutable std::mutex mutex_;
   Report report_;
 

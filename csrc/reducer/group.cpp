@@ -7,7 +7,9 @@
 #include <mutex>
 #include <utility>
 
+#include "core/board.h"
 #include "shm/label.h"
+#include "tensor/patience.h"
 
 namespace fastddp {
 namespace {
@@ -29,10 +31,34 @@ class WithoutPythonObjects {
   at::impl::ThreadLocalPythonObjects saved_ = at::impl::ThreadLocalPythonObjects::get_state();
 };
 
+// Of its backend for CPU tensors.
+std::string name_of_backend(c10d::ProcessGroup& group) {
+  try {
+    return group.getBackend(at::kCPU)->getBackendName();
+  } catch (const c10::Error&) {  // a group of the user's making, which has no backends
+    return {};
+  }
+}
+
+std::uint64_t id_of(const c10d::ProcessGroup& group) {
+  try {
+    return board::id_of(group.getGroupName());
+  } catch (const c10::Error&) {  // a group of the user's making, which has no name
+    return 0;
+  }
+}
+
 }  // namespace
 
-Group::Group(const c10::intrusive_ptr<c10d::ProcessGroup>& group, std::uint32_t owner)
-    : group_(group), owner_(owner), rank_(group->getRank()), size_(group->getSize()) {}
+Group::Group(const c10::intrusive_ptr<c10d::ProcessGroup>& group,
+             std::uint32_t owner,
+             c10::Device device)
+    : group_(group),
+      owner_(owner),
+      rank_(group->getRank()),
+      size_(group->getSize()),
+      id_(id_of(*group)),
+      is_patient_(device.is_cpu() && name_of_backend(*group) == "gloo") {}
 
 c10::intrusive_ptr<c10d::ProcessGroup> Group::get() const {
   auto group = group_.lock();
@@ -46,13 +72,28 @@ Wait Group::start_all_reduce(at::Tensor tensor, std::size_t number, bool waits) 
   std::vector<at::Tensor> tensors{std::move(tensor)};
   c10d::AllreduceOptions options;
   options.asyncOp = !waits;
-  const shm::Label label(shm::Label::of(owner_, static_cast<std::uint32_t>(number + 1)));
+  const std::uint64_t named = shm::Label::of(owner_, static_cast<std::uint32_t>(number + 1));
+  const shm::Label label(named);
   const WithoutPythonObjects guard;
+  board::note_issuer();
   try {
-    return [work = get()->allreduce(tensors, options)] { work->wait(); };
+    auto work = get()->allreduce(tensors, options);
+    if (!is_patient_) return [work = std::move(work)] { work->wait(); };
+    const SlowWait::What what{board::Source::kBackward, id_, 0, named};
+    return [work = std::move(work), what] {
+      wait_patiently(*work, what, "the all-reduce of gradients");
+    };
   } catch (const c10::DistBackendError&) {  // it has been waited for already
     return [error = std::current_exception()] { std::rethrow_exception(error); };
   }
+}
+
+void Group::wait_for(c10d::Work& work, const char* text) const {
+  if (!is_patient_) {
+    work.wait();
+    return;
+  }
+  wait_patiently(work, {board::Source::kBackward, id_, 0, shm::Label::of(owner_)}, text);
 }
 
 c10::intrusive_ptr<c10d::Work> Group::all_reduce(std::vector<at::Tensor>& tensors) const {
@@ -67,13 +108,7 @@ c10::intrusive_ptr<c10d::Work> Group::broadcast(std::vector<at::Tensor>& tensors
   return get()->broadcast(tensors);
 }
 
-bool runs_inline(c10d::ProcessGroup& group) {
-  try {
-    return group.getBackend(at::kCPU)->getBackendName() == "shm";
-  } catch (const c10::Error&) {  // a group of the user's making, which has no backends
-    return false;
-  }
-}
+bool runs_inline(c10d::ProcessGroup& group) { return name_of_backend(group) == "shm"; }
 
 std::shared_ptr<LaunchOrder> order_of(const c10d::ProcessGroup& group) {
   static std::mutex mutex;

@@ -21,10 +21,15 @@ namespace fastddp {
 class Group {
  public:
   // `owner` is the number that tells the collectives of one reducer from those of another.
-  Group(const c10::intrusive_ptr<c10d::ProcessGroup>& group, std::uint32_t owner);
+  // `device` is that of all tensors.
+  Group(const c10::intrusive_ptr<c10d::ProcessGroup>& group,
+        std::uint32_t owner,
+        c10::Device device);
 
   int rank() const { return rank_; }
   int size() const { return size_; }
+  // What the group is called on the board.
+  std::uint64_t id() const { return id_; }
 
   // Throws if the script has destroyed the group.
   c10::intrusive_ptr<c10d::ProcessGroup> get() const;
@@ -32,6 +37,9 @@ class Group {
   // Starts the all-reduce that is launch `number` of a round. `waits`: whether the caller goes on
   // to wait for it at once, so that it may run in this thread.
   Wait start_all_reduce(at::Tensor tensor, std::size_t number, bool waits = false) const;
+
+  // Waits for one of these works; `text` says what it is.
+  void wait_for(c10d::Work& work, const char* text) const;
 
   // Starts a collective that belongs to no bucket.
   c10::intrusive_ptr<c10d::Work> all_reduce(std::vector<at::Tensor>& tensors) const;
@@ -42,6 +50,10 @@ class Group {
   const std::uint32_t owner_;
   const int rank_;
   const int size_;
+  const std::uint64_t id_;
+  // Whether waits for works look around here: the host waits for gloo, which does not, and puts up
+  // with short waits. Other transports may take the end of a short wait for a failure.
+  const bool is_patient_;
 };
 
 // Whether the group's backend for CPU tensors is our own. It runs a collective in the thread that

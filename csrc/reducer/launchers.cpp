@@ -45,7 +45,11 @@ Wait HookLauncher::start(const HookInput& input) const {
 }
 
 void HookLauncher::end_buckets(std::vector<Launch>& launches) const {
-  for (const Launch& launch : launches) launch.wait();
+  for (const Launch& launch : launches) {
+    context_.record(events::Kind::kWaitBegin, launch.id.number);
+    launch.wait();
+    context_.record(events::Kind::kWaitEnd, launch.id.number);
+  }
   for (Launch& launch : launches) launch.wait = nullptr;
 }
 

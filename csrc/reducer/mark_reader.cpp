@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/marks.h"
+#include "core/slow_wait.h"
 #include "tensor/streams.h"
 
 namespace fastddp {
@@ -49,6 +50,9 @@ bool MarkReader::read_left_news() {
   try {
     for (const Wait& wait : left.waits) wait();
     return check(left.marks) || left.has_changed;
+  } catch (const Interruption&) {
+    left_ = left;
+    throw;
   } catch (const std::exception&) {  // what comes next on the group says more
     return left.has_changed;
   }

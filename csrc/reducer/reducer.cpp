@@ -33,7 +33,7 @@ Context context_of(const std::vector<at::Tensor>& params,
   const auto number = owner.number;
   const auto device = params.empty() ? c10::Device(c10::kCPU) : params.front().device();
   const bool is_inline = !params.empty() && device.is_cpu() && runs_inline(*group);
-  return {std::move(owner), Group(group, number), device, lazy, is_inline};
+  return {std::move(owner), Group(group, number, device), device, lazy, is_inline};
 }
 
 std::unique_ptr<const Filler> make_filler(bool is_fused,
@@ -95,6 +95,7 @@ Reducer::Reducer(std::vector<at::Tensor> params,
     : context_(context_of(params, group, lazy, std::move(owner))),
       frozen_(std::move(frozen)),
       order_in_group_(order_of(*group)),
+      figures_(context_.owner.number),
       params_(std::move(params), std::move(names), num_sparse),
       filler_(make_filler(flattens.value_or(!context_.device.is_cpu()), params_, context_.device)),
       launcher_(std::make_shared<AllReduceLauncher>(context_, comm_dtype)),
@@ -102,7 +103,8 @@ Reducer::Reducer(std::vector<at::Tensor> params,
       agreements_(context_),
       mark_reader_(context_, params_, *order_in_group_),
       installation_(context_, params_, std::move(caps_bytes), filler_->is_fused()),
-      turn_(order_in_group_) {
+      turn_(order_in_group_),
+      on_board_(context_.owner.number, context_.group.id()) {
   order_in_group_->introduce(context_.owner.number, context_.owner.title);
   // Until the arrival order is known: gradients come back roughly in the reverse of the order of
   // registration.
@@ -285,7 +287,10 @@ void Reducer::on_gradient(std::size_t param) {
     }
     begin_backward();
   }
-  if (!params_.retired) round_->take(param);
+  if (params_.retired) return;
+  round_->take(param);
+  on_board_.set_last_param(param);
+  on_board_.set_launched(round_->num_launched());
 }
 
 void Reducer::begin_backward() {
@@ -299,7 +304,7 @@ void Reducer::end_backward() {
   const std::lock_guard lock(mutex_);
   if (phase_.is(Phase::kFinalized)) {
     // What came after the hook that finalized has autograd's caller wait for its stream.
-    phase_.move_to(Phase::kBetween);
+    move_to(Phase::kBetween);
   } else if (!round_) {
     return;
   } else if (round_->manner().is_manual) {
@@ -311,8 +316,9 @@ void Reducer::end_backward() {
 
 void Reducer::abandon_round() noexcept {
   const std::lock_guard lock(mutex_);
-  if (phase_.is(Phase::kFinalized)) phase_.move_to(Phase::kBetween);
+  if (phase_.is(Phase::kFinalized)) move_to(Phase::kBetween);
   if (!round_) return;
+  context_.record(events::Kind::kError);
   const c10::NoGradGuard no_grad;
   // Autograd's thread, with no node running, is on the default stream, which nothing orders behind
   // the round before.
@@ -329,6 +335,7 @@ void Reducer::abandon_round() noexcept {
 
 void Reducer::begin_round(Gives gives) {
   phase_.check_move(Phase::kFilling);
+  context_.record(events::Kind::kRoundBegin, static_cast<std::uint64_t>(figures_.now().rounds));
   const bool is_captured = is_capturing(context_.device);
   if (is_captured) {
     check_capture();
@@ -353,7 +360,7 @@ void Reducer::begin_round(Gives gives) {
   round_ = std::make_unique<Round>(context_, params_, buckets, launcher_, *filler_, figures_, turn_,
                                    manner);
   began_ns_ = ns_of(round_->began());
-  phase_.move_to(Phase::kFilling);
+  move_to(Phase::kFilling);
 }
 
 // What waits for the host, or allocates, has no place in a graph. All ranks capture alike, so
@@ -392,6 +399,7 @@ Buckets& Reducer::install(bool is_captured) {
 
 void Reducer::leave_in_flight() {
   const c10::NoGradGuard no_grad;
+  context_.record(events::Kind::kBackwardEnd);
   try {
     figures_.now().backward_us_last = round_->us_since_begin();
     launch_rest(false);
@@ -399,12 +407,13 @@ void Reducer::leave_in_flight() {
     drop_round();
     throw;
   }
-  phase_.move_to(Phase::kInFlight);
+  move_to(Phase::kInFlight);
 }
 
 // `waits`: whether the caller goes on to wait for all of it.
 void Reducer::launch_rest(bool waits) {
   round_->launch_rest(waits);
+  on_board_.set_launched(round_->num_launched());
   if (!agreements_.order_is_learned() && round_->manner().gives != Gives::kWhatIsThere)
     agreements_.start_with_order(round_->order_of_arrival());
   if (is_timing_due()) agreements_.start_with_schedule();
@@ -450,6 +459,7 @@ void Reducer::finish_round(Phase then) {
     RECORD_FUNCTION("fastddp.reducer::finish_round", {});
     const auto start = std::chrono::steady_clock::now();
     if (phase_.is(Phase::kFilling)) {
+      context_.record(events::Kind::kBackwardEnd);
       stats.backward_us_last = round_->us_since_begin();
       launch_rest(true);
     }
@@ -491,10 +501,16 @@ void Reducer::drop_round(Phase then) {
   installation_.uninstall(std::move(waits));
 }
 
+void Reducer::move_to(Phase phase) {
+  phase_.move_to(phase);
+  on_board_.set_phase(phase, static_cast<std::uint64_t>(figures_.now().rounds));
+}
+
 void Reducer::end_round(Phase then) {
   turn_.end();
+  context_.record(events::Kind::kRoundEnd, round_->step());
   round_.reset();
-  phase_.move_to(then);
+  move_to(then);
   figures_.publish();
 }
 

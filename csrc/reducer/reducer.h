@@ -48,6 +48,7 @@
 #include <string>
 #include <vector>
 
+#include "core/board.h"
 #include "core/launch_order.h"
 #include "core/phase.h"
 #include "core/plan.h"
@@ -173,6 +174,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   void finish_round(Phase then = Phase::kBetween);
   void drop_round(Phase then = Phase::kBetween);
   void end_round(Phase then);
+  void move_to(Phase phase);
   void await_agreements();
   void replan(const std::vector<std::int64_t>& order);
   void announce_change();
@@ -209,6 +211,7 @@ class Reducer final : public std::enable_shared_from_this<Reducer> {
   bool counts_are_learned_ = false;  // a round has ended well on this rank
   Installation installation_;
   Turn turn_;
+  board::ModelPlace on_board_;
   std::unique_ptr<Round> round_;  // while the phase is kFilling or kInFlight, else null
 };
 

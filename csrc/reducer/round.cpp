@@ -6,6 +6,7 @@
 #include <exception>
 #include <utility>
 
+#include "core/slow_wait.h"
 #include "reducer/tensors.h"
 #include "tensor/error_text.h"
 #include "tensor/slot.h"
@@ -28,6 +29,7 @@ Round::Round(const Context& context,
       figures_(figures),
       turn_(turn),
       manner_(manner),
+      step_(static_cast<std::uint64_t>(figures.now().rounds)),
       tracker_(*buckets.plan()),
       taken_(params.size(), 0),
       aliases_(params.size()),
@@ -110,6 +112,7 @@ void Round::launch_rest(bool waits) {
 void Round::launch(std::size_t index, bool waits) {
   note_launch();
   Filling& filling = fillings_[index];
+  context_.record(events::Kind::kFillBegin, index);
   if (context_.lazy && buckets_.install_lazily(index)) filling.touched.by_current(context_.device);
   const Bucket& bucket = buckets_[index];
   filling.touched.by_current_after_all(context_.device);
@@ -122,11 +125,15 @@ void Round::launch(std::size_t index, bool waits) {
     const auto take = [this](std::size_t param) { return take_leftover(param); };
     filler_.fill_missing(filling, bucket, missing, take, manner_.scale);
   }
+  context_.record(events::Kind::kLaunch, bucket.id.number, bytes_in(bucket.wire));
   launches_.push_back({bucket.id, launcher_->send(bucket, buckets_.numbers(), waits)});
 }
 
 void Round::launch_sparse(std::size_t index) {
   note_launch();
+  const LaunchNumbers& numbers = buckets_.numbers();
+  const LaunchId id = numbers.of_sparse(index);
+  context_.record(events::Kind::kFillBegin, id.number);
   Parameter& param = params_[index];
   touched_sparse_.by_current_after_all(context_.device);
   param.place.flag.fill_(1);
@@ -136,8 +143,7 @@ void Round::launch_sparse(std::size_t index) {
                                                : empty_sparse(param.layout);
     if (!leftover.counts) param.place.flag.zero_();
   }
-  const LaunchNumbers& numbers = buckets_.numbers();
-  const LaunchId id = numbers.of_sparse(index);
+  context_.record(events::Kind::kLaunch, id.number, bytes_in(param.place.slot));
   launches_.push_back({id, launcher_->send_sparse(id, param.place.slot, numbers)});
 }
 
@@ -146,6 +152,7 @@ void Round::launch_flags() {
   if (!loose) return;
   for (Filling& filling : fillings_) filling.touched.by_current_after_all(context_.device);
   loose->marks.copy_(loose->sent_marks);
+  context_.record(events::Kind::kLaunch, loose->id.number, bytes_in(loose->flat));
   launches_.push_back({loose->id, context_.group.start_all_reduce(loose->flat, loose->id.number)});
 }
 
@@ -170,13 +177,17 @@ std::vector<std::int64_t> Round::order_of_arrival() const {
 void Round::wait() {
   for (const Launch& launch : launches_) {
     if (!launch.wait) continue;
+    context_.record(events::Kind::kWaitBegin, launch.id.number);
     try {
       launch.wait();
+    } catch (const Interruption&) {
+      throw;
     } catch (const std::exception& error) {
       TORCH_CHECK_WITH(DistBackendError, false, "fastddp: rank ", context_.rank(),
                        ": the all-reduce of ", describe(launch.id, *buckets_.plan(), params_),
                        " failed: ", text_of(error));
     }
+    context_.record(events::Kind::kWaitEnd, launch.id.number);
     if (launch.id.kind == LaunchKind::kBucket) buckets_[launch.id.index].cast_back();
   }
 }

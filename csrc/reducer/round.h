@@ -57,6 +57,7 @@ class Round {
   const std::optional<c10::Stream>& stream() const { return stream_; }  // that it began on
   std::chrono::system_clock::time_point began() const { return began_; }
   double us_since_begin() const { return us_since(begin_); }
+  std::uint64_t step() const { return step_; }  // how many rounds have ended before it
 
   // Takes the gradient that backward has left in `.grad`, and launches what can be.
   void take(std::size_t param);
@@ -75,6 +76,7 @@ class Round {
   void leave_buckets();
 
   // For the collectives that are under way.
+  std::size_t num_launched() const { return launches_.size(); }
   std::vector<Wait> waits() const;
   // What is wrong with a gradient, for the end of the round.
   const std::exception_ptr& error() const { return leftovers_.error(); }
@@ -101,6 +103,7 @@ class Round {
   Figures& figures_;
   Turn& turn_;
   const Manner manner_;
+  const std::uint64_t step_;
   std::optional<c10::Stream> stream_;
   ReadyTracker tracker_;
   std::vector<int> taken_;           // by parameter, gradients so far

@@ -17,4 +17,9 @@ at::Tensor empty_sparse(const Layout& like) {
                                at::empty(values_shape, like.options), like.sizes);
 }
 
+std::uint64_t bytes_in(const at::Tensor& tensor) {
+  if (!tensor.is_sparse()) return tensor.nbytes();
+  return tensor._indices().nbytes() + tensor._values().nbytes();
+}
+
 }  // namespace fastddp

@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+
 #include "tensor/layout.h"
 
 namespace fastddp {
@@ -13,5 +15,8 @@ at::Tensor scale_sparse(const at::Tensor& grad, double scale);
 
 // A sparse gradient without a single row, for a parameter of this layout.
 at::Tensor empty_sparse(const Layout& like);
+
+// Returns the bytes of the elements, and of a sparse tensor's indices.
+std::uint64_t bytes_in(const at::Tensor& tensor);
 
 }  // namespace fastddp

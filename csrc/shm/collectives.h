@@ -82,7 +82,7 @@ class Collectives {
   // do not wait here for this rank. Waits for nobody.
   void announce(Kind kind, int root, Deadline deadline);
 
-  // Like announce(), but has to be followed by exchange().
+  // Like announce(), but has to be followed by exchange(). Of both, the caller records the end.
   void begin_elsewhere(Kind kind, int root, Deadline deadline);
   // Waits for all ranks. Returns the string that each of them gave, in the order of their indices;
   // the lengths may differ.

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <thread>
 
+#include "core/slow_wait.h"
 #include "shm/error.h"
 #include "shm/group.h"
 #include "shm/heap.h"
@@ -16,17 +18,39 @@ using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 using std::chrono::steady_clock;
 
-// How often a sleeping rank looks whether the rank that it waits for can still come.
-constexpr nanoseconds kLookAround = milliseconds(50);
+// The board has a word for the ranks of a group, with a bit for each.
+constexpr std::size_t kRanksOnBoard = 64;
 
 }  // namespace
 
 void Group::wait_slowly(std::size_t index, Time time) {
   Clock& clock = layout_.rank(index).clock;
+  const auto begin = steady_clock::now();
+  std::optional<SlowWait> slow;
   while (!clock.reached(time)) {
     const nanoseconds left = deadline_ - steady_clock::now();
-    clock.sleep(time, std::clamp(left, nanoseconds(0), kLookAround));
-    if (!clock.reached(time)) find_fault(index, time);
+    clock.sleep(time, std::clamp<nanoseconds>(left, nanoseconds(0), kLookAround));
+    if (clock.reached(time)) return;
+    find_fault(index, time);
+    // A clock wakes its sleepers whenever it advances: what comes soon stays off the board.
+    if (!slow && steady_clock::now() - begin < kLookAround) continue;
+    if (!slow) slow.emplace(what(), describe_current(), steady_clock::now() - begin);
+    look_around(*slow, time);
+  }
+}
+
+void Group::look_around(SlowWait& wait, Time time) {
+  std::uint64_t missing = 0;
+  std::uint64_t unfinished = 0;
+  for (std::size_t i = 0; i < size(); ++i) {
+    const Clock& clock = layout_.rank(i).clock;
+    if (i == me_ || rank(i) >= static_cast<int>(kRanksOnBoard) || clock.reached(time)) continue;
+    (clock.reached(first_) ? unfinished : missing) |= std::uint64_t{1} << rank(i);
+  }
+  try {
+    wait.look(missing, unfinished);
+  } catch (const WaitFailed& error) {
+    fail(error.what());
   }
 }
 

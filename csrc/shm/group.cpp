@@ -24,6 +24,10 @@ constexpr nanoseconds kSpin = microseconds(30);
 constexpr nanoseconds kSpinInTheMidst = microseconds(300);
 constexpr nanoseconds kSpinOnSharedCores = microseconds(1);
 
+// Up to this size, the end of a collective follows so soon after the meeting of the ranks that both
+// are recorded with the same time.
+constexpr std::uint64_t kShortBytes = std::uint64_t{8} << 10;
+
 std::size_t usable_cores() {
   cpu_set_t cores;
   if (::sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
@@ -32,10 +36,11 @@ std::size_t usable_cores() {
 
 }  // namespace
 
-Group::Group(Layout layout, std::vector<Member> members, std::size_t me)
+Group::Group(Layout layout, std::vector<Member> members, std::size_t me, std::uint64_t id)
     : layout_(layout),
       members_(std::move(members)),
       me_(me),
+      id_(id),
       shares_cores_(members_.size() > usable_cores()),
       calls_(members_.size()) {}
 
@@ -51,12 +56,16 @@ void Group::begin(const Call& call, Deadline deadline) {
   count_.fetch_add(1, std::memory_order_relaxed);
   calls_[me_] = call;
   calls_[me_].label = Label::current();
+  calls_[me_].began = events::now();
   operand_.store(call.operand, std::memory_order_relaxed);
   deadline_ = deadline;
   first_ = now_ + 1;
   compared_ = false;
+  met_ = 0;
   check_current();
   layout_.rank(me_).calls[count() % kCallsKept].write(first_, calls_[me_]);
+  record(calls_[me_].began, events::Kind::kCollectiveBegin,
+         call.numel * size_of(call.element) | static_cast<std::uint64_t>(call.kind) << 56);
 }
 
 Time Group::advance() {
@@ -80,6 +89,7 @@ void Group::await_all(Time time) {
   if (compared_) return;
   compared_ = true;
   layout_.rank(me_).agreed.store(first_, std::memory_order_release);
+  record_meeting();
 }
 
 void Group::compare_so_far() {
@@ -110,6 +120,46 @@ std::size_t Group::claim_slot() {
   return slot;
 }
 
+// ---- what is recorded ------------------------------------------------------------------
+
+void Group::record(std::uint64_t time, events::Kind kind, std::uint64_t b) const {
+  const std::uint64_t number = count() & 0xFFFFFFFF;
+  events::record_at(time, kind, Label::owner_of(calls_[me_].label), number | id_ << 32, b);
+}
+
+// Who was the last to come, and how long after the first. A rank that is many calls ahead does not
+// count: it was not the last.
+void Group::record_meeting() {
+  constexpr std::uint64_t kMostNs = (std::uint64_t{1} << 40) - 1;
+  std::size_t last = me_;
+  std::uint64_t first = calls_[me_].began;
+  for (std::size_t i = 0; i < size(); ++i) {
+    const std::uint64_t began = calls_[i].began;
+    if (began == 0) continue;
+    first = std::min(first, began);
+    if (began > calls_[last].began) last = i;
+  }
+  const std::uint64_t began = calls_[last].began;
+  const std::uint64_t after = std::min(began - first, kMostNs);
+  const std::uint64_t what = static_cast<std::uint64_t>(rank(last)) << 40 | after;
+  const Call& call = calls_[me_];
+  // A reading of the clock takes as long as all else here. Where this rank is the last, all had
+  // come when it began.
+  if (last == me_) {
+    record(began, events::Kind::kCollectiveMet, what);
+  } else if (call.numel * size_of(call.element) <= kShortBytes && !call.elsewhere && !call.across) {
+    met_ = what;
+  } else {
+    record(events::now(), events::Kind::kCollectiveMet, what);
+  }
+}
+
+void Group::record_end(bool has_failed) {
+  const std::uint64_t time = events::now();
+  if (met_ != 0) record(time, events::Kind::kCollectiveMet, std::exchange(met_, 0));
+  record(time, has_failed ? events::Kind::kError : events::Kind::kCollectiveEnd, 0);
+}
+
 // ---- comparing what the ranks have announced --------------------------------------------
 
 void Group::compare_with(std::size_t index) {
@@ -122,6 +172,7 @@ void Group::compare_with(std::size_t index) {
     if (block.agreed.load(std::memory_order_relaxed) == first_) {
       calls_[index] = calls_[me_];
       calls_[index].operand = Call::kElsewhere;
+      calls_[index].began = 0;
     } else {
       calls_[index] = {.kind = Kind::kUnknown};
     }

@@ -17,10 +17,13 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "core/events.h"
+#include "core/slow_wait.h"
 #include "shm/layout.h"
 #include "shm/process.h"
 
@@ -38,8 +41,9 @@ struct Member {
 class Group {
  public:
   // `members` are the ranks of this host in the order of their blocks, and `me` is the index of
-  // this rank among them. The memory of `layout` and of the heaps has to outlive the group.
-  Group(Layout layout, std::vector<Member> members, std::size_t me);
+  // this rank among them. The memory of `layout` and of the heaps has to outlive the group. `id` is
+  // what the group is called on the board, see board::id_of().
+  Group(Layout layout, std::vector<Member> members, std::size_t me, std::uint64_t id = 0);
 
   std::size_t size() const { return members_.size(); }
   std::size_t me() const { return me_; }
@@ -106,6 +110,15 @@ class Group {
 
   [[noreturn]] void fail(const std::string& why);
 
+  // Records the end of the current collective, or that it has failed; see Ending.
+  void record_end(bool has_failed);
+
+  // What this group is called on the board.
+  std::uint64_t id() const { return id_; }
+  // For a wait in the current collective, in the thread that carries it out.
+  SlowWait::What what() const { return {board::Source::kShm, id_, count(), calls_[me_].label}; }
+  std::string describe_current() const;
+
   std::string describe(const Call& call) const;
 
   // Returns text such as "rank 0 called ..., rank 1 called ...", with advice, for two calls that do
@@ -120,16 +133,19 @@ class Group {
   [[noreturn]] void throw_verdict(const std::string& what) const;
   void write_verdict(const std::string& why);
   void wait_slowly(std::size_t index, Time time);
+  void look_around(SlowWait& wait, Time time);
   void find_fault(std::size_t index, Time time);
+  void record(std::uint64_t time, events::Kind kind, std::uint64_t b) const;
+  void record_meeting();
   void compare_with(std::size_t index);
   void compare(std::size_t index);
   void check_operand(std::size_t index);
   void retire_operand() const;
-  std::string describe_current() const;
 
   const Layout layout_;
   const std::vector<Member> members_;
   const std::size_t me_;
+  const std::uint64_t id_;
   const bool shares_cores_;  // there are more ranks than cores
 
   Time now_ = 0;    // this rank's clock
@@ -137,10 +153,25 @@ class Group {
   bool compared_ = true;
   std::vector<Call> calls_;
   Deadline deadline_;
+  std::uint64_t met_ = 0;  // what is to be recorded of the meeting when the collective ends
   std::size_t next_slot_ = 0;
   std::array<Time, kSlots> free_at_{};
   std::atomic<std::uint64_t> count_{0};
   std::atomic<std::uint64_t> operand_{Call::kElsewhere};  // this rank's, in the last collective
+};
+
+// Records the end of the group's current collective when it goes out of scope: made where that
+// begins.
+class Ending {
+ public:
+  explicit Ending(Group& group) : group_(group) {}
+  ~Ending() { group_.record_end(std::uncaught_exceptions() > exceptions_); }
+  Ending(const Ending&) = delete;
+  Ending& operator=(const Ending&) = delete;
+
+ private:
+  Group& group_;
+  const int exceptions_ = std::uncaught_exceptions();
 };
 
 }  // namespace fastddp::shm

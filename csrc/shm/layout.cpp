@@ -37,6 +37,7 @@ void PublishedCall::write(Time number, const Call& call) {
   numel_.store(call.numel, std::memory_order_release);
   operand_.store(call.operand, std::memory_order_release);
   label_.store(call.label, std::memory_order_release);
+  began_.store(call.began, std::memory_order_release);
   const auto type = std::bit_cast<std::array<std::uint64_t, 2>>(call.type);
   for (std::size_t i = 0; i < type.size(); ++i) type_[i].store(type[i], std::memory_order_release);
   number_.store(doubled, std::memory_order_release);
@@ -49,6 +50,7 @@ bool PublishedCall::read(Time number, Call& call) const {
   call.numel = numel_.load(std::memory_order_acquire);
   call.operand = operand_.load(std::memory_order_acquire);
   call.label = label_.load(std::memory_order_acquire);
+  call.began = began_.load(std::memory_order_acquire);
   std::array<std::uint64_t, 2> type{};
   for (std::size_t i = 0; i < type.size(); ++i) type[i] = type_[i].load(std::memory_order_acquire);
   call.type = std::bit_cast<TypeName>(type);

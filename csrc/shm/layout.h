@@ -60,7 +60,9 @@ struct Call {
   bool staged = false;                 // lies in the heap piece after piece, not as a whole
   bool across = false;                 // crosses hosts, from the heap; not published
   bool elsewhere = false;              // carried out by another transport, and only announced here
-  std::uint64_t label = 0;             // the owner, see label.h; Group::begin() fills it in
+  // Group::begin() fills these in:
+  std::uint64_t label = 0;  // the owner, see label.h
+  std::uint64_t began = 0;  // nanoseconds of CLOCK_MONOTONIC; 0 where that is not known
 
   static constexpr std::uint64_t kElsewhere = ~std::uint64_t{0};
 
@@ -93,6 +95,7 @@ class PublishedCall {
   std::atomic<std::uint64_t> numel_{0};
   std::atomic<std::uint64_t> operand_{0};
   std::atomic<std::uint64_t> label_{0};
+  std::atomic<std::uint64_t> began_{0};
   std::array<std::atomic<std::uint64_t>, sizeof(TypeName) / sizeof(std::uint64_t)> type_{};
 };
 
@@ -132,7 +135,7 @@ struct MessageLog {
   std::array<Entry, kMessagesKept> entries;
 };
 
-constexpr std::uint32_t kLayoutVersion = 4;
+constexpr std::uint32_t kLayoutVersion = 5;
 
 struct Header {
   Nonce nonce;

@@ -8,6 +8,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from fastddp.comm.loans import Loan, settle
+from fastddp.comm.patience import wait_for
 from fastddp.comm.waiting import waiting
 from fastddp.device.streams import home_of, keep_for_current
 
@@ -93,11 +94,11 @@ class BroadcastBuffer:
 
     def _send_or_receive(self, group: ProcessGroup, root: int, sends: bool) -> None:
         if self._flat is None:
-            group.broadcast(self._parts[0], root=root).wait()
+            wait_for(group.broadcast(self._parts[0], root=root), group, self._parts[0].device)
             return
         if sends:
             torch.cat(self._parts, out=self._flat)
-        group.broadcast(self._flat, root=root).wait()
+        wait_for(group.broadcast(self._flat, root=root), group, self._flat.device)
         if not sends:
             torch._foreach_copy_(self._parts, self._views)
 

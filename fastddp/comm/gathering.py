@@ -10,6 +10,7 @@ import torch
 from torch.distributed import GatherOptions, ProcessGroup
 
 from fastddp.comm.loans import Loan, settle
+from fastddp.comm.patience import wait_for
 from fastddp.comm.waiting import waiting
 
 
@@ -33,7 +34,7 @@ def all_gather_unnamed(group: ProcessGroup, mine: torch.Tensor) -> list[torch.Te
     """Does what :func:`all_gather` does, for a caller that names the wait itself. Collective."""
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
     loans = [Loan(tensor) for tensor in (mine, *gathered)]
-    group.allgather([gathered], [mine]).wait()
+    wait_for(group.allgather([gathered], [mine]), group, mine.device)
     settle(loans)
     return gathered
 
@@ -55,6 +56,7 @@ def gather(group: ProcessGroup, mine: torch.Tensor, dst: int, call: str) -> list
     options = GatherOptions()
     options.rootRank = dst
     with waiting(group, call):
-        group.gather([gathered] if gathered else [], [mine], options).wait()
+        # Without a name for the work: it refers to the tensors, and the loans end below.
+        wait_for(group.gather([gathered] if gathered else [], [mine], options), group, mine.device)
     settle(loans)
     return gathered

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from fastddp.watch import watcher
+
+_watched: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
 
 def communication_device(group: ProcessGroup) -> torch.device:
@@ -42,6 +47,42 @@ def store_of(group: ProcessGroup) -> Any:
         return group.get_group_store()
     except (RuntimeError, AttributeError):
         return None
+
+
+def name_of(group: ProcessGroup) -> str:
+    """Returns the group's name, the same on every rank; empty for one of the user's making."""
+    try:
+        return str(group.group_name)
+    except (RuntimeError, AttributeError):
+        return ""
+
+
+def watch(group: ProcessGroup) -> None:
+    """Has the watcher look at the waits for a group's ranks. Not collective.
+
+    The first call for a group takes one ``set`` in the group's store; the others cost nothing. The
+    default group is watched too.
+
+    Args:
+        group: the ranks that communicate; one that torch's registry does not know is not watched.
+
+    Raises:
+        ValueError: if ``FASTDDP_STALL`` or ``FASTDDP_STALL_SECONDS`` is not valid.
+    """
+    if group in _watched:
+        return
+    _watched.add(group)
+    world = dist.group.WORLD  # a script may wait in it while other ranks wait in this group
+    if world is not None:
+        watch(world)
+    name, store = name_of(group), store_of(group)
+    if not name or store is None:
+        return
+    try:
+        ranks = dist.get_process_group_ranks(group)
+    except (RuntimeError, ValueError, KeyError):
+        return
+    watcher.watch_group(name, ranks, group.rank(), store)
 
 
 def given_group(group: ProcessGroup | None, device_mesh: Any = None) -> ProcessGroup:

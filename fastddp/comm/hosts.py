@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastddp import config
 from fastddp.comm.meeting import read_text
 from fastddp.version import __version__
 
@@ -97,23 +92,6 @@ def choose_hosts(said: Sequence[Announcement], rank: int) -> Choice:
     return Choice(Hosts(list(by_host.values()), by_host[mine.host]), problem)
 
 
-def this_host() -> str:
-    """Returns what processes have in common that can open each other's memory.
-
-    Raises:
-        OSError: if the system does not tell.
-    """
-    if sys.platform != "linux":
-        return f"{os.getpid()}"
-    evidence = [
-        Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        os.readlink("/proc/self/ns/pid"),
-        str(os.geteuid()),
-        config.host_id() or "",
-    ]
-    return hashlib.sha256(" ".join(evidence).encode()).hexdigest()
-
-
 def read_address(parts: Any) -> Parts | None:
     """Reads where a segment is, from another rank's message; None for no segment.
 
@@ -151,7 +129,7 @@ def introduction(heap: Parts | None, host: str | None, why_not: str | None) -> d
 
     Args:
         heap: the address of this rank's heap, if it has one.
-        host: what :func:`this_host` has returned, if it could.
+        host: what :func:`fastddp.watch.host.this_host` has returned, if it could.
         why_not: why this rank cannot share memory, cut to fit into a message; None if it can.
     """
     return {"host": host, "heap": heap, "version": __version__, "why_not": why_not}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,9 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from fastddp import extension
+from fastddp.watch import names
+from fastddp.watch.layout import id_of
+from fastddp.watch.names import Planned
 
 WHOLE = 0xFFFFFFFF
 """The part of a label that stands for the whole model, and not for one bucket."""
@@ -62,8 +65,17 @@ def _owner(key: str, title: str) -> Owner:
     return Owner(zlib.crc32(key.encode()) or 1, title)
 
 
-def introduce(owner: Owner) -> None:
-    """Has messages about collectives call the owner by its title."""
+def introduce(owner: Owner, group_name: str, params: Sequence[str], reducer: Planned) -> None:
+    """Has messages about collectives call the owner, and what is in its buckets, by their names.
+
+    Args:
+        owner: the model that collectives are labelled with.
+        group_name: the name of the group that the model was wrapped on; empty for none.
+        params: the names of its parameters, by the index that they have in plans.
+        reducer: what knows the plan of the model's buckets; not kept alive.
+    """
+    known = names.ModelNames(owner.title, tuple(params), names.weakly(reducer))
+    names.introduce(owner.number, id_of(group_name) if group_name else 0, known)
     native = extension.load()
     if native is not None:
         native.name_owner(owner.number, owner.title)

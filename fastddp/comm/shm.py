@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from fastddp import config, extension
+from fastddp.comm.groups import watch
 from fastddp.comm.hosts import (
     Announcement,
     Hosts,
@@ -33,9 +34,10 @@ from fastddp.comm.hosts import (
     choose_hosts,
     introduction,
     read_address,
-    this_host,
 )
 from fastddp.comm.meeting import Meeting, explained, short
+from fastddp.watch import events, watcher
+from fastddp.watch.host import this_host
 
 _GlooOptions = Any  # a timeout, or dist.ProcessGroupGloo._Options, which torch's stubs leave out
 
@@ -50,7 +52,7 @@ _counterparts: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup | None] = (
 def register() -> None:
     """Makes ``shm`` known to torch.distributed."""
     if dist.is_available() and "shm" not in dist.Backend.backend_list:
-        dist.Backend.register_backend("shm", _make_backend, devices=["cpu"])
+        dist.Backend.register_backend("shm", _make_backend, extended_api=True, devices=["cpu"])
         _follow_timeouts()
         atexit.register(_end_pending)
 
@@ -132,26 +134,44 @@ def has_to_meet(group: ProcessGroup, device: torch.device) -> bool:
 
 
 def _make_counterpart(group: ProcessGroup) -> ProcessGroup | None:
+    watch(group)
     if type(group) is not ProcessGroup:  # a class of the user's, which has its own collectives
         return None
     inner = group._get_backend(_CPU)
     if not (dist.is_gloo_available() and isinstance(inner, dist.ProcessGroupGloo)):
         return None
-    backend = _connect(
-        inner, group.get_group_store(), group.rank(), group.size(), inner.options, shared=True
+    peers = _Peers(
+        inner,
+        group.get_group_store(),
+        group.rank(),
+        group.size(),
+        inner.options,
+        group.group_name,
     )
+    backend = _connect(peers, shared=True)
     if backend is inner:
         return None
     pair = ProcessGroup(group.rank(), group.size())  # type: ignore[call-arg]
     pair._register_backend(_CPU, ProcessGroup.BackendType.CUSTOM, backend)
     pair._set_default_backend(ProcessGroup.BackendType.CUSTOM)
+    pair._set_group_name(group.group_name)  # what messages and the board call it
     return pair
 
 
-def _make_backend(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    """Makes the backend for torch.distributed, which calls this on every rank of a new group."""
-    inner = _make_gloo("gloo", store, rank, size, timeout)
-    return _connect(inner, store, rank, size, timeout)
+def _make_backend(given: Any, _options: Any) -> Any:
+    """Makes the backend for torch.distributed, which calls this on every rank of a new group.
+
+    Args:
+        given: torch's ``_DistributedBackendOptions``: the store, the ranks and their timeout.
+        _options: the options that the script has made for the backend, of which there are none.
+    """
+    store, rank, size = given.store, given.group_rank, given.group_size
+    # The store in that of the group has a prefix for the device, and nobody keeps it.
+    store_of_group = getattr(store, "underlying_store", store)
+    ranks = given.global_ranks_in_group or range(size)
+    watcher.watch_group(given.group_id, ranks, rank, store_of_group)
+    inner = _make_gloo("gloo", store, rank, size, given.timeout)
+    return _connect(_Peers(inner, store, rank, size, given.timeout, given.group_id))
 
 
 def _make_gloo(name: str, store: Any, rank: int, size: int, options: _GlooOptions) -> Any:
@@ -164,60 +184,59 @@ def _make_gloo(name: str, store: Any, rank: int, size: int, options: _GlooOption
         raise RuntimeError(f"fastddp: rank {rank}: {text}") from error
 
 
-def _connect(
-    inner: Any,
-    store: Any,
-    rank: int,
-    size: int,
-    options: _GlooOptions,
-    shared: bool = False,
-) -> Any:
-    """Connects the ranks of ``inner``, a gloo backend, by shared memory. Collective.
-
-    Those that have the same place on each of several hosts meet in ``store`` to connect by a lane
-    of their own. A lane is not a group that torch.distributed knows: that would have to be made by
-    all ranks of the world.
-
-    Args:
-        inner: the gloo backend that connects the ranks already.
-        store: the store in which further connections are made.
-        rank: this rank's number.
-        size: the number of ranks.
-        options: the timeout of connections, or gloo's options, which may be ``inner``'s own: a
-            timeout that is set there later then holds here.
-        shared: whether the script uses ``inner`` too. What goes through gloo then goes through
-            another one: it may be launched by another thread, and gloo matches collectives by
-            their order.
-
-    Returns:
-        A ``ShmBackend``, or ``inner`` itself, on all ranks, where no two of them share a host or
-        one of them cannot get at another's memory (which is logged).
-    """
-    meeting = Meeting(inner, rank, size)
-    native, said = _introduce(meeting)
-    hosts, problem = choose_hosts(said, rank)
-    if hosts is None:
-        return inner
-    meeting.problem = meeting.problem or problem
-    peers = _Peers(inner, store, rank, size, options)
-    backend = _open_memory(meeting, peers, native, said, hosts.mine, shared)
-    if len(hosts.ranks) > 1 and meeting.all_ok:
-        _make_lanes(meeting, peers, backend, hosts)
-    return backend if meeting.all_ok else inner
-
-
 class _Peers(NamedTuple):
-    """The ranks that connect, as :func:`_connect` is told of them."""
+    """The ranks that connect."""
 
     inner: Any
+    """The gloo backend that connects them already."""
     store: Any
+    """The store in which further connections are made."""
     rank: int
+    """This rank's number."""
     size: int
+    """The number of ranks."""
     options: _GlooOptions
+    """The timeout of connections, or gloo's options.
+
+    These may be ``inner``'s own: a timeout that is set there later then holds here.
+    """
+    name: str
+    """The name of the group that users know."""
 
     def make_gloo(self, name: str) -> Any:
         """Makes another gloo backend of all ranks. Collective."""
         return _make_gloo(name, self.store, self.rank, self.size, self.options)
+
+
+def _connect(peers: _Peers, shared: bool = False) -> Any:
+    """Connects ranks that a gloo backend connects already by shared memory. Collective.
+
+    Those that have the same place on each of several hosts meet in their store to connect by a lane
+    of their own. A lane is not a group that torch.distributed knows: that would have to be made by
+    all ranks of the world.
+
+    Args:
+        peers: the ranks that connect.
+        shared: whether the script uses their gloo backend too. What goes through gloo then goes
+            through another one: it may be launched by another thread, and gloo matches collectives
+            by their order.
+
+    Returns:
+        A ``ShmBackend``, or the gloo backend itself, on all ranks, where no two of them share a
+        host or one of them cannot get at another's memory (which is logged).
+    """
+    events.start(peers.rank, peers.size)
+    inner = peers.inner
+    meeting = Meeting(inner, peers.rank, peers.size)
+    native, said = _introduce(meeting)
+    hosts, problem = choose_hosts(said, peers.rank)
+    if hosts is None:
+        return inner
+    meeting.problem = meeting.problem or problem
+    backend = _open_memory(meeting, peers, native, said, hosts.mine, shared)
+    if len(hosts.ranks) > 1 and meeting.all_ok:
+        _make_lanes(meeting, peers, backend, hosts)
+    return backend if meeting.all_ok else inner
 
 
 def _introduce(meeting: Meeting) -> tuple[ModuleType | None, list[Announcement]]:
@@ -270,6 +289,7 @@ def _open_memory(
                 [native.ShmAddress(*announced(said[other].heap)) for other in local],
                 native.ShmAddress(*announced(controls[local[0]])),
                 peers.inner.options._timeout.total_seconds(),
+                peers.name,
             )
         )
     meeting.synchronise()  # from here on nobody needs the descriptor of the control segment

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from fastddp.comm.groups import timeout_of
+from fastddp.comm.groups import name_of, timeout_of, watch
 from fastddp.comm.labels import introduce
 from fastddp.ddp.model import Model
 from fastddp.ddp.options import Options
@@ -84,7 +84,8 @@ class Attachment:
         self._params = subject.params
         settings = Settings(options.caps_bytes, options.comm_dtype, options.lazy_buckets)
         self.reducer = make_reducer(choose(options.engine), subject, transport, settings)
-        introduce(model.owner)
+        watch(group)
+        introduce(model.owner, name_of(group), subject.names, self.reducer)
         self._delayed: DelayedReducer | None = None
         if options.delay is not None:
             self._delayed = DelayedReducer(options.delay, model.module, group)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed import ReduceOp
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
+from fastddp.comm.patience import wait_for
 from fastddp.comm.waiting import waiting
 from fastddp.ddp.replica import Replica
 from fastddp.ddp.start import broadcast_model
@@ -119,5 +120,5 @@ def _agree_to_sync(replica: Replica, mine: bool) -> bool:
 def _all_reduce(replica: Replica, value: float, op: ReduceOp.RedOpType, what: str) -> float:
     tensor = torch.tensor([value], device=replica.device)
     with waiting(replica.live_group, f"join: {what}"):
-        replica.live_group.allreduce(tensor, op).wait()
+        wait_for(replica.live_group.allreduce(tensor, op), replica.live_group, tensor.device)
         return float(tensor.item())

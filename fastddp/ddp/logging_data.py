@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from fastddp.ddp.options import Options
-from fastddp.engine.interface import Stats
 from fastddp.engine.plan import Bucket, BucketPlan
+from fastddp.engine.stats import Stats
 
 _ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "TORCH_DISTRIBUTED_DEBUG")
 _ENVIRONMENT_OF = {

@@ -28,10 +28,12 @@ from fastddp.device.compiler import refuse_compiled_autograd, untraced
 from fastddp.device.nested import tensors_in
 from fastddp.engine import optim_in_backward
 from fastddp.engine.hooks import CommHook
-from fastddp.engine.interface import Stats
 from fastddp.engine.news import News
 from fastddp.engine.plan import BucketPlan
-from fastddp.engine.stats import RoundStats
+from fastddp.engine.stats import Stats
+from fastddp.watch import events
+from fastddp.watch.events import Kind
+from fastddp.watch.optimizers import watch_optimizers
 
 
 class Replica:
@@ -58,6 +60,8 @@ class Replica:
         param_dtype = None if mixed is None else mixed.param_dtype
         self.low_precision = None if param_dtype is None else LowPrecision(module, param_dtype)
         change_agreement.join_group(self)
+        events.start(0, 1)
+        watch_optimizers()
 
         # What others keep here.
         self.authoritative_rank: int | None = None  # whose model a join has given to all
@@ -289,6 +293,12 @@ class Replica:
     # ---- every forward ---------------------------------------------------------------------------
 
     @untraced
+    def record(self, kind: Kind) -> None:
+        """Records an event of a forward: the step is the number of rounds that have ended."""
+        step = self.attachment.reducer.rounds if self.attachment is not None else 0
+        events.record(kind, self.model.owner.number, step)
+
+    @untraced
     def before_forward(self) -> None:
         """Gives every rank rank 0's buffers, unless the forward before was not synchronised.
 
@@ -473,7 +483,7 @@ class Replica:
 
     def stats(self) -> Stats:
         """Returns what synchronisation has cost this rank so far, see `Stats`."""
-        return self.attachment.reducer.stats() if self.attachment is not None else RoundStats()
+        return self.attachment.reducer.stats() if self.attachment is not None else Stats()
 
     @property
     def error(self) -> str:

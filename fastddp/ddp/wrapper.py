@@ -30,8 +30,9 @@ from fastddp.device.compiler import untraced_itself
 from fastddp.device.profiled import profiled
 from fastddp.device.streams import on_device
 from fastddp.engine import hooks
-from fastddp.engine.interface import Stats
 from fastddp.engine.plan import BucketPlan
+from fastddp.engine.stats import Stats
+from fastddp.watch.events import Kind
 
 
 class DistributedDataParallel(TorchMethods, nn.parallel.DistributedDataParallel):
@@ -207,6 +208,7 @@ class DistributedDataParallel(TorchMethods, nn.parallel.DistributedDataParallel)
     def _before_forward(self, inputs: Any, kwargs: Any) -> tuple[Any, Any]:
         """Makes buffers equal, if it is time; returns the inputs where the model is."""
         replica = self._replica
+        replica.record(Kind.FORWARD_BEGIN)
         distributed_autograd.settle(replica)
         if replica.sync and torch.is_grad_enabled():
             self._samples.at_forward(replica.stats)
@@ -242,6 +244,7 @@ class DistributedDataParallel(TorchMethods, nn.parallel.DistributedDataParallel)
         """Does what comes after the module in forward; returns the output as it is."""
         distributed_autograd.watch(self._replica, output)
         self._replica.after_forward(output)
+        self._replica.record(Kind.FORWARD_END)
         return output
 
     @untraced_itself

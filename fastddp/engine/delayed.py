@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
 from fastddp.comm.loans import Loan, settle, without_context
+from fastddp.comm.patience import WayToWait, way_to_wait
 from fastddp.comm.waiting import waiting
 from fastddp.device.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.device.compiler import untraced
 from fastddp.device.streams import has_streams, is_capturing
 from fastddp.engine.delay import Delay
 from fastddp.engine.weak_group import WeakGroup
+from fastddp.watch.slow_wait import What
 
 
 class _Phase(Enum):
@@ -185,11 +187,13 @@ class DelayedReducer:
         )
         with without_context():
             works = [group.allreduce([flat])]
-        return _Flat(params, pieces, flags, works, wait, loan)
+        way = way_to_wait(group, flat.device)
+        return _Flat(params, pieces, flags, works, wait, way, loan)
 
     def _wait_for(self, flat: _Flat) -> None:
         with flat.wait:
-            flat.works.pop().wait()  # popped: a work refers to its tensor, and the loan ends here
+            # Popped: a work refers to its tensor, and the loan ends here.
+            flat.way_to_wait(flat.works.pop(), What("delayed gradients"))
         settle([flat.loan])
 
     def _hand_out(self, flat: _Flat) -> None:
@@ -218,6 +222,7 @@ class _Flat(NamedTuple):
     works: list[Work]
     """One, until it has been waited for."""
     wait: waiting
+    way_to_wait: WayToWait
     loan: Loan
 
 

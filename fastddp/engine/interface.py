@@ -11,6 +11,7 @@ import torch
 from fastddp.engine.hooks import BucketRunner
 from fastddp.engine.news import News
 from fastddp.engine.plan import BucketPlan
+from fastddp.engine.stats import Stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,61 +54,6 @@ class Settings:
 
     It is left at the end of the round. Ranks may differ.
     """
-
-
-class Stats(Protocol):
-    """Figures of the synchronised backwards so far, as the host of this rank saw them."""
-
-    @property
-    def rounds(self) -> int:
-        """The number of synchronised backwards."""
-
-    @property
-    def wait_us_total(self) -> float:
-        """Microseconds of waiting at the ends of backwards, until the last bucket was reduced.
-
-        This is the communication that was not hidden. For collectives on a GPU the host does not
-        wait, so nothing is counted.
-        """
-
-    @property
-    def wait_us_last(self) -> float:
-        """Microseconds of waiting at the end of the latest synchronised backward."""
-
-    @property
-    def bytes_per_round(self) -> int:
-        """Bytes that go into the collectives of one round; 0 before the first round."""
-
-    @property
-    def num_buckets(self) -> int:
-        """The number of buckets, one collective each, per round; 0 before the first round."""
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether the latest round launched buckets while backward ran, and not all at its end.
-
-        On the shared-memory backend the first rounds try both ways, and the faster one stays.
-        """
-
-    @property
-    def began_ns(self) -> int:
-        """The time at which the latest round began, in nanoseconds since the epoch."""
-
-    @property
-    def backward_us_last(self) -> float:
-        """Microseconds from the begin of the latest round to the end of its backward."""
-
-    @property
-    def comm_us_last(self) -> float:
-        """Microseconds from the first collective of the latest round to the end of the last one."""
-
-    @property
-    def unused_bytes_last(self) -> int:
-        """Bytes of the parameters for which this rank had no gradient in the latest round."""
-
-    @property
-    def is_static(self) -> bool:
-        """Whether the parameters without a gradient have been the same in every round."""
 
 
 class Reducer(Protocol):
@@ -164,6 +110,10 @@ class Reducer(Protocol):
     @property
     def began_ns(self) -> int:
         """The time at which the latest round began, in nanoseconds since the epoch."""
+
+    @property
+    def rounds(self) -> int:
+        """The number of rounds that have ended well, as in :class:`Stats`."""
 
     def read_left_news(self) -> bool:
         """Returns whether that round brought the news that the model of a rank has changed.

@@ -14,6 +14,7 @@ from fastddp.engine.hooks import BucketRunner, GradBucket, Wait
 from fastddp.engine.interface import Settings, Subject
 from fastddp.engine.news import News
 from fastddp.engine.plan import Bucket, BucketPlan, Slot
+from fastddp.engine.stats import Stats
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes by the numbers that they have in ``csrc/core/dtype.h``."""
@@ -99,6 +100,10 @@ class NativeReducer:
     def began_ns(self) -> int:
         return self._reducer.began_ns
 
+    @property
+    def rounds(self) -> int:
+        return self._reducer.rounds
+
     def read_left_news(self) -> bool:
         return self._reducer.read_left_news()
 
@@ -141,8 +146,8 @@ class NativeReducer:
     def close(self) -> None:
         self._reducer.close()
 
-    def stats(self) -> _C.Stats:
-        return self._reducer.stats()
+    def stats(self) -> Stats:
+        return Stats(**self._reducer.stats())
 
     def plan(self) -> BucketPlan:
         return from_native(self._reducer.plan())

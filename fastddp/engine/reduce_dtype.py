@@ -6,9 +6,11 @@ import torch
 from torch.distributed import ProcessGroup, Work
 
 from fastddp.comm.loans import Loan, settle, without_context
+from fastddp.comm.patience import way_to_wait
 from fastddp.device.streams import home_of, keep_for_current
 from fastddp.engine.hooks import GradBucket, Wait
 from fastddp.engine.weak_group import WeakGroup
+from fastddp.watch.slow_wait import What
 
 
 class ReduceInDtype:
@@ -46,13 +48,15 @@ class ReduceInDtype:
         rank, num_ranks = group.rank(), group.size()
         sent = gradients.to(self._dtype)
         home = home_of(sent.device)
+        wait_for = way_to_wait(group, sent.device)
+        what = What(f"the all-reduce of bucket {index + 1} in {self._dtype}")
         self._loans[index] = Loan(sent)
         with without_context():
             self._works[index] = group.allreduce([sent])
 
         def wait() -> None:
             try:
-                self._works[index].wait()
+                wait_for(self._works[index], what)
             except RuntimeError as error:
                 first = bucket.parameters()[0]
                 raise torch.distributed.DistBackendError(

@@ -4,13 +4,16 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstring>
+#include <map>
 #include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "check.h"
+#include "event_ring.h"
 #include "shm/error.h"
 #include "shm/label.h"
 #include "shm_ranks.h"
@@ -617,6 +620,51 @@ TEST(nothing_is_left_open) {
   const auto before = ranks::count_open_files();
   ranks::check_none(run_threads(4, [](Rank& rank) { rank.collectives.barrier(soon()); }));
   CHECK(ranks::count_open_files() == before);
+}
+
+// ---- what is recorded ------------------------------------------------------------------
+
+TEST(the_last_rank_to_come_is_recorded) {
+  using fastddp::events::Kind;
+  constexpr std::uint32_t kOwner = 7;
+  constexpr std::uint64_t kLateNs = 50'000'000;
+  event_ring::Ring ring(64);
+  ring.use();
+  ranks::check_none(run_threads(3, [&](Rank& rank) {
+    const Label label(Label::of(kOwner, 1));
+    std::vector<float> data(kNumel, 1.0f);
+    if (rank.me == 2) std::this_thread::sleep_for(std::chrono::nanoseconds(kLateNs));
+    sum_of(rank, data.data(), kNumel);
+  }));
+  CHECK(ring.next() == 9);
+  std::map<Kind, int> count;
+  for (std::size_t i = 0; i < ring.next(); ++i) {
+    ++count[ring.kind(i)];
+    CHECK(ring.owner(i) == kOwner && ring.word(i, 2) == 1);
+    if (ring.kind(i) == Kind::kCollectiveMet) {
+      CHECK(ring.word(i, 3) >> 40 == 2);
+      CHECK((ring.word(i, 3) & ((std::uint64_t{1} << 40) - 1)) >= kLateNs);
+    }
+    if (ring.kind(i) == Kind::kCollectiveBegin)
+      CHECK(ring.word(i, 3) == (kNumel * sizeof(float) | std::uint64_t{1} << 56));
+  }
+  CHECK(count[Kind::kCollectiveBegin] == 3 && count[Kind::kCollectiveMet] == 3);
+  CHECK(count[Kind::kCollectiveEnd] == 3);
+}
+
+TEST(a_collective_that_fails_is_recorded_as_an_error) {
+  using fastddp::events::Kind;
+  event_ring::Ring ring(64);
+  ring.use();
+  const auto errors = run_threads(2, [](Rank& rank) {
+    std::vector<float> data(kNumel, 1.0f);
+    sum_of(rank, data.data(), rank.me == 0 ? kNumel : kNumel - 1);
+  });
+  for (const std::string& error : errors) CHECK(has(error, "do not agree"));
+  CHECK(ring.next() == 4);
+  int failed = 0;
+  for (std::size_t i = 0; i < ring.next(); ++i) failed += ring.kind(i) == Kind::kError ? 1 : 0;
+  CHECK(failed == 2);
 }
 
 int main() { return check::run(); }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import pickle
 import re
 import time
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastddp
-from fastddp.comm import waiting
+from fastddp.comm.waiting import waiting
 from tests.ranks import init_group, run_ranks, scratch_folder
 
 TIMEOUT_S = 4.0
@@ -222,11 +223,11 @@ COLLECTIVE: dict[Callable[..., None], str] = {
 }
 
 
-def _left_alone(rank: int, world_size: int) -> list[tuple[str, str]]:
-    """Ranks 0 and 2 call, rank 1 does not; returns the errors and what was logged before them."""
-    scale = 0.15
-    for name in ("_TICK_S", "_NOTE_AFTER_S", "_ASK_AFTER_S", "_WARN_AFTER_S"):
-        setattr(waiting, name, scale * getattr(waiting, name))
+SOON = {"FASTDDP_STALL": "warn", "FASTDDP_STALL_SECONDS": "1"}
+
+
+def _left_alone(rank: int, world_size: int) -> tuple[list[str], list[str]]:
+    """Ranks 0 and 2 call, rank 1 does not; returns the errors and what was logged."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -241,45 +242,54 @@ def _left_alone(rank: int, world_size: int) -> list[tuple[str, str]]:
                 call(model, group)
             errors.append(str(caught.value))
     dist.barrier()
-    return list(zip(errors, lines, strict=True))
+    return errors, lines
 
 
 def test_a_rank_that_is_alone_in_a_call_names_it_and_who_is_missing() -> None:
-    by_rank = run_ranks(_left_alone, 3)
-    assert by_rank[1] == []
-    absent = r"rank 1 not there yet; do all ranks call it\?"
+    by_rank = run_ranks(_left_alone, 3, env=SOON)
+    assert by_rank[1][0] == []
+    assert by_rank[2][1] == [], "one rank tells for all"
+    barrier = r"the script's own barrier on group '0'"
     for rank in (0, 2):
-        for call, (error, line) in zip(COLLECTIVE.values(), by_rank[rank], strict=True):
-            name = re.escape(call)
-            assert re.match(rf"fastddp: rank {rank}: {name} failed \({absent}\): .", error), error
-            assert re.fullmatch(rf"rank {rank} has waited for \d s in {name}: {absent}", line), line
+        for call, error in zip(COLLECTIVE.values(), by_rank[rank][0], strict=True):
+            begin = rf"fastddp: rank {rank}: {re.escape(call)} failed"
+            assert re.match(rf"{begin} \(rank 1 waits in {barrier}\): .", error), error
+    told = "\n".join(by_rank[0][1])
+    for call in COLLECTIVE.values():
+        where = r"( on group '\d+')?(, step 1)?, at .*\n"
+        begin = rf"fastddp: rank 0 has waited for 1\.\d s in {re.escape(call)}{where}"
+        assert re.search(
+            rf"{begin}  waiting too: rank 2\n  rank 1 has not come: it waits in {barrier}", told
+        ), told
 
 
-def _fail_in(wait: waiting.waiting) -> None:
+def _fail_in(wait: waiting) -> None:
     with wait:
-        time.sleep(1.0)
+        time.sleep(2.0)
         raise RuntimeError("too late")
 
 
-def _in_different_calls(rank: int, world_size: int) -> str:
-    for name in ("_TICK_S", "_NOTE_AFTER_S", "_ASK_AFTER_S", "_WARN_AFTER_S"):
-        setattr(waiting, name, 0.15 * getattr(waiting, name))
-    group = dist.new_group(timeout=timedelta(seconds=2.5))
-    first, second = (waiting.waiting(group, call) for call in ("the first", "the second"))
+def _in_different_calls(rank: int, world_size: int, across_hosts: bool) -> str:
+    if across_hosts:
+        os.environ["FASTDDP_HOST_ID"] = str(rank)
+    group = dist.new_group(timeout=timedelta(seconds=5))
+    first, second = (waiting(group, call) for call in ("the first", "the second"))
     with pytest.raises(dist.DistBackendError) as caught:
         _fail_in(first if rank == 0 else second)
-    with waiting.waiting(group, "the third"):  # what failed is no longer in the way
+    with waiting(group, "the third"):  # what failed is no longer in the way
         time.sleep(0.5)
-    store, key = group.get_group_store(), f"fastddp waits/{rank}"
-    deadline = time.monotonic() + 20
-    while store.get(key) != b"" and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert store.get(key) == b"", "the note of a wait that is over is taken back"
+    if across_hosts:
+        store, key = group.get_group_store(), f"fastddp waits/{rank}"
+        deadline = time.monotonic() + 20
+        while store.get(key) != b"" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert store.get(key) == b"", "the note of a wait that is over is taken back"
     return str(caught.value)
 
 
-def test_ranks_in_different_calls_are_told_both() -> None:
-    assert run_ranks(_in_different_calls, 2) == [
-        "fastddp: rank 0: the first failed (rank 1 waits in the second): too late",
-        "fastddp: rank 1: the second failed (rank 0 waits in the first): too late",
+@pytest.mark.parametrize("across_hosts", [False, True])
+def test_ranks_in_different_calls_are_told_both(across_hosts: bool) -> None:
+    assert run_ranks(_in_different_calls, 2, across_hosts, env=SOON) == [
+        "fastddp: rank 0: the first failed (rank 1 waits in the second on group '1'): too late",
+        "fastddp: rank 1: the second failed (rank 0 waits in the first on group '1'): too late",
     ]

@@ -76,7 +76,7 @@ def _announce_wrong_nonce(rank: int, world_size: int) -> None:
     good = native.shm_control(1)
 
     def connect(heap, control) -> None:
-        native.ShmBackend(0, 1, group, [0], [heap], control, 5.0)
+        native.ShmBackend(0, 1, group, [0], [heap], control, 5.0, "a group")
 
     connect(native.shm_heap(), good.address())
     for wrong in (

@@ -35,7 +35,11 @@ def test_an_order_that_could_not_be_read_is_waited_for_again(
 ) -> None:
     group = SimpleNamespace(broadcast=lambda _: FailsOnce(error))
     context: Any = SimpleNamespace(
-        device=torch.device("cpu"), number=1, rank=0, group=lambda: group
+        device=torch.device("cpu"),
+        number=1,
+        rank=0,
+        group=lambda: group,
+        wait_for=lambda work, _: work.wait(),
     )
     agreements = Agreements(context)
     agreements.start_with_order([2, 0, 1])

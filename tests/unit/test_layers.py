@@ -14,19 +14,32 @@ ROOT = Path(__file__).resolve().parents[2]
 # What each package may import besides itself. docs/design.md has the picture.
 PYTHON_LAYERS: dict[str, set[str]] = {
     "base": set(),
+    "watch": {"base"},
+    "timeline": {"base", "watch"},
     "device": {"base"},
-    "comm": {"base", "device"},
-    "engine": {"base", "device", "comm"},
-    "ddp": {"base", "device", "comm", "engine"},
+    "comm": {"base", "watch", "device"},
+    "engine": {"base", "watch", "device", "comm"},
+    "ddp": {"base", "watch", "device", "comm", "engine"},
     "data": {"base", "comm"},
     "data_parallel": {"base", "device", "engine"},
     "integrations": {"ddp"},
-    "top": {"base", "device", "comm", "engine", "ddp", "data", "data_parallel", "integrations"},
+    "top": {
+        "base",
+        "watch",
+        "timeline",
+        "device",
+        "comm",
+        "engine",
+        "ddp",
+        "data",
+        "data_parallel",
+        "integrations",
+    },
 }
 # The files beside the packages: at the bottom what all may import, at the top what nobody imports.
 FILES = {
     **dict.fromkeys(("_build_info", "config", "errors", "extension", "version"), "base"),
-    **dict.fromkeys(("__init__", "__main__", "report"), "top"),
+    **dict.fromkeys(("__init__", "__main__", "installed"), "top"),
 }
 
 BENCHMARK_LAYERS: dict[str, set[str]] = {
@@ -161,7 +174,7 @@ def test_cxx_includes_go_downward() -> None:
     [(a, b) for a in PYTHON_LAYERS for b in PYTHON_LAYERS if b not in PYTHON_LAYERS[a] | {a}],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, layer: str, other: str) -> None:
-    module = {"base": "config", "top": "report"}
+    module = {"base": "config", "top": "installed"}
     importer, imported = (module.get(name, f"{name}.inside.module") for name in (layer, other))
     for name, source in ((imported, ""), (importer, f"def f():\n  import fastddp.{imported}")):
         path = tmp_path / "fastddp" / f"{name.replace('.', '/')}.py"
@@ -179,7 +192,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, layer: str, other: str) -> None
             {"device/a": "import fastddp.device.b", "device/b": "from fastddp.device import a"},
             "fastddp.device.a imports itself",
         ),
-        ({"errors": "from fastddp import report", "report": ""}, "fastddp.errors imports"),
+        ({"errors": "from fastddp import installed", "installed": ""}, "fastddp.errors imports"),
         ({"stray": ""}, "fastddp.stray is in no layer"),
     ],
 )

@@ -14,6 +14,7 @@ void Collectives::all_gather(const Operand& input,
                   .numel = input.numel,
                   .operand = place_in_heap(input.data, bytes)};
   group_.begin(call, deadline);
+  const Ending ending(group_);
   const std::size_t ranks = group_.size();
   const auto* const data = static_cast<const char*>(input.data);
   const auto output = [&](std::size_t k, std::size_t offset) {

@@ -24,6 +24,7 @@ void Collectives::all_reduce(const Operand& operand,
                   .numel = operand.numel,
                   .operand = place_in_heap(operand.data, operand.bytes())};
   group_.begin(call, deadline);
+  const Ending ending(group_);
   if (!meet(operand.bytes())) {
     if (group_.size() <= kFewRanks || operand.bytes() <= kFewBytes)
       return reduce_in_chunks(operand, reduce, divisor);

@@ -29,6 +29,7 @@ void Collectives::all_reduce_across(const Operand& operand,
                   .staged = staged,
                   .across = true};
   group_.begin(call, deadline);
+  const Ending ending(group_);
   const std::size_t bytes = size_of(operand.element);
   const std::size_t chunk = kPieceBytes / bytes;
   const std::size_t count = num_chunks(operand.numel, chunk);

@@ -4,6 +4,7 @@ namespace fastddp::shm {
 
 void Collectives::barrier(Deadline deadline) {
   group_.begin({.kind = Kind::kBarrier}, deadline);
+  const Ending ending(group_);
   group_.await_all(group_.advance());
 }
 

@@ -14,6 +14,7 @@ void Collectives::broadcast(const Operand& operand, int root, Deadline deadline)
   const std::size_t bytes = operand.bytes();
   char* const data = static_cast<char*>(operand.data);
   group_.begin(call, deadline);
+  const Ending ending(group_);
   const bool few = bytes <= kFewBytes;
   if (!few) {
     group_.await_all(group_.advance());

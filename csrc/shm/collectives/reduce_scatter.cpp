@@ -21,6 +21,7 @@ void Collectives::reduce_scatter(const Operand& output,
       .numel = output.numel,
       .operand = block == nullptr ? Call::kElsewhere : place_in_heap(block, bytes * ranks)};
   group_.begin(call, deadline);
+  const Ending ending(group_);
   std::vector<const void*> sources(ranks);
   char* const data = static_cast<char*>(output.data);
   void* destination = data;

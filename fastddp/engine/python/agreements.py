@@ -69,7 +69,7 @@ class Agreements:
     def _agreed(self, tensor: torch.Tensor, work: Work, what: str) -> list[Any]:
         """Waits for an exchange. One that fails stays under way: no rank goes on without it."""
         try:
-            work.wait()
+            self._context.wait_for(work, what)
         except RuntimeError as error:
             raise torch.distributed.DistBackendError(
                 f"fastddp: rank {self._context.rank}: {what} failed: {error}"

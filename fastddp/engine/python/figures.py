@@ -9,7 +9,9 @@ from functools import wraps
 from typing import ParamSpec, Protocol, cast
 
 from fastddp.engine.python.parameters import Parameter
-from fastddp.engine.stats import RoundStats
+from fastddp.engine.stats import Stats
+from fastddp.watch import events
+from fastddp.watch.events import Kind
 
 P = ParamSpec("P")
 
@@ -39,10 +41,15 @@ class Times:
 
 
 class Figures:
-    """What a reducer can say of the rounds so far."""
+    """What a reducer can say of the rounds so far.
 
-    def __init__(self) -> None:
-        self.stats = RoundStats()
+    Args:
+        owner: the number of the model.
+    """
+
+    def __init__(self, owner: int) -> None:
+        self.owner = owner
+        self.stats = Stats()
         self.unused: list[str] = []
         """Names of the parameters that no rank had a gradient for in the first round."""
         self.error = ""
@@ -106,7 +113,9 @@ def noting_errors(entry: Callable[P, None]) -> Callable[P, None]:
         try:
             entry(*args, **kwargs)
         except Exception as error:
-            cast(HasFigures, args[0]).figures.error = str(error)
+            figures = cast(HasFigures, args[0]).figures
+            events.record(Kind.ERROR, figures.owner)
+            figures.error = str(error)
             raise
 
     return noting

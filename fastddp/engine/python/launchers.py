@@ -8,7 +8,6 @@ from functools import partial
 from typing import NoReturn, Protocol
 
 import torch
-from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import AllreduceOptions
 
 from fastddp.comm.labels import labelled
@@ -16,6 +15,7 @@ from fastddp.comm.loans import without_context
 from fastddp.engine.hooks import BucketRunner, Wait
 from fastddp.engine.python.bucket import Bucket, Form, LooseFlags
 from fastddp.engine.python.context import Context
+from fastddp.watch.events import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +89,9 @@ class AllReduceLauncher:
         except torch.distributed.DistBackendError as error:  # it has been waited for already
             return Launch(bucket, partial(_raise, error))
 
-        def wait() -> None:
-            work.wait()
-
-        return Launch(bucket, wait)
+        number = bucket.collective.number
+        what = "the all-reduce of gradients"
+        return Launch(bucket, partial(self._context.wait_for, work, what, number))
 
     def end_buckets(self, launches: Sequence[Launch]) -> list[Launch]:
         """See :class:`Launcher`."""
@@ -138,7 +137,9 @@ class HookLauncher:
         See :class:`fastddp.engine.hooks.HookRunner`.
         """
         for launch in launches:
+            self._context.record(Kind.WAIT_BEGIN, launch.bucket.collective.number)
             launch.wait()
+            self._context.record(Kind.WAIT_END, launch.bucket.collective.number)
         return []
 
     def start_flags(self, flags: LooseFlags) -> Launch:
@@ -148,19 +149,6 @@ class HookLauncher:
     def let_go(self) -> None:
         """See :class:`Launcher`."""
         self.hook.let_go()
-
-
-def runs_inline(group: ProcessGroup, device: torch.device) -> bool:
-    """Returns whether a collective that is waited for at once costs no switch of threads.
-
-    That is so in our own backend, which then has the launching thread do the work.
-    """
-    if device.type != "cpu":
-        return False
-    try:
-        return bool(group._get_backend(device).name() == "shm")
-    except RuntimeError:  # a group of the user's making, which has no backends
-        return False
 
 
 def _raise(error: BaseException) -> NoReturn:

@@ -14,6 +14,9 @@ class Phase(Enum):
     FINALIZED = "finalize() has come, but the backward is not over yet"
 
 
+PHASES = tuple(Phase)
+"""In the order of the numbers that boards have for them."""
+
 _MOVES = {
     Phase.BETWEEN: (Phase.FILLING,),
     Phase.FILLING: (Phase.BETWEEN, Phase.IN_FLIGHT, Phase.FINALIZED),

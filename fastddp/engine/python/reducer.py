@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.distributed import ProcessGroup
 
+from fastddp.comm.groups import name_of
+from fastddp.comm.patience import is_shm, way_to_wait
 from fastddp.device.backward import at_end_of_backward, on_backward, wait_until
 from fastddp.device.compiler import refuse_compiled_autograd, untraced
 from fastddp.device.profiled import profiled
@@ -28,16 +30,19 @@ from fastddp.engine.python.buckets import Buckets
 from fastddp.engine.python.context import Context
 from fastddp.engine.python.figures import Figures, noting_errors
 from fastddp.engine.python.installation import Installation
-from fastddp.engine.python.launchers import AllReduceLauncher, HookLauncher, Launcher, runs_inline
+from fastddp.engine.python.launchers import AllReduceLauncher, HookLauncher, Launcher
 from fastddp.engine.python.manner import Gives, Manner
 from fastddp.engine.python.mark_reader import MarkReader
 from fastddp.engine.python.nodes import backward_accumulates
 from fastddp.engine.python.parameters import Parameter
-from fastddp.engine.python.phase import Phase, move
+from fastddp.engine.python.phase import PHASES, Phase, move
 from fastddp.engine.python.round import Round
 from fastddp.engine.schedule import Schedule
-from fastddp.engine.stats import RoundStats
+from fastddp.engine.stats import Stats
 from fastddp.engine.weak_group import WeakGroup
+from fastddp.watch.events import Kind
+from fastddp.watch.layout import id_of
+from fastddp.watch.model_place import ModelPlace
 
 
 class PythonReducer:
@@ -62,15 +67,22 @@ class PythonReducer:
         params = subject.params
         device = params[0].device if params else torch.device("cpu")
         self._context = context = Context(
-            WeakGroup(group), group.rank(), device, subject.number, subject.title
+            WeakGroup(group),
+            group.rank(),
+            device,
+            subject.number,
+            subject.title,
+            id_of(name_of(group)),
+            way_to_wait(group, device),
         )
+        self._on_board = ModelPlace(context.number, context.group_id)
         self._order_in_group = order_of(group)
         self._order_in_group.introduce(subject.number, subject.title)
         self._turn = Turn(self._order_in_group, id(self))
-        self.figures = Figures()
+        self.figures = Figures(subject.number)
         self._marks = MarkReader(context, self._order_in_group)
         self._agreements = Agreements(context)
-        may_launch_late = bool(params) and runs_inline(group, device)
+        may_launch_late = bool(params) and is_shm(group, device)
         self._all_reduce = AllReduceLauncher(
             context, settings.comm_dtype, may_launch_late=may_launch_late
         )
@@ -90,6 +102,7 @@ class PythonReducer:
 
     def __del__(self) -> None:
         self._turn.end()
+        self._on_board.free()
         self._round = None
         del self._launcher  # a hook's buffers are views, which hold what they are views of
         self._installation.settle()
@@ -119,6 +132,10 @@ class PythonReducer:
 
     def set_on_news(self, callback: Callable[[News], None]) -> None:
         self._on_news = callback
+
+    @property
+    def rounds(self) -> int:
+        return self.figures.stats.rounds
 
     @property
     def has_left_news(self) -> bool:
@@ -165,7 +182,7 @@ class PythonReducer:
     def error(self) -> str:
         return self.figures.error
 
-    def stats(self) -> RoundStats:
+    def stats(self) -> Stats:
         return self.figures.stats
 
     def plan(self) -> BucketPlan:
@@ -252,6 +269,8 @@ class PythonReducer:
         if not self._is_retired:
             assert self._round is not None
             self._round.take(param)
+            self._on_board.set_last_param(index)
+            self._on_board.set_launched(len(self._round.launches))
 
     @torch.no_grad()
     @noting_errors
@@ -259,7 +278,7 @@ class PythonReducer:
         current = self._round
         if self._phase is Phase.FINALIZED:
             # What came after the hook that finalized has autograd's caller wait for its stream.
-            self._phase = move(self._phase, Phase.BETWEEN)
+            self._move_to(Phase.BETWEEN)
         elif current is None:
             return
         elif not ok:
@@ -277,7 +296,8 @@ class PythonReducer:
 
     def _begin_round(self, gives: Gives) -> None:
         refuse_compiled_autograd()  # or gradients get lost without a word
-        filling = move(self._phase, Phase.FILLING)  # refused before anything has changed
+        move(self._phase, Phase.FILLING)  # refused before anything has changed
+        self._context.record(Kind.ROUND_BEGIN, self.rounds)
         is_captured = is_capturing(self._context.device)
         if is_captured:
             self._check_capture()
@@ -305,9 +325,15 @@ class PythonReducer:
             scale=self._launcher.scale(self._divisor),
         )
         self._round = Round(
-            manner, self._parameters, buckets, self._launcher, self._turn, self._context
+            manner,
+            self.rounds,
+            self._parameters,
+            buckets,
+            self._launcher,
+            self._turn,
+            self._context,
         )
-        self._phase = filling
+        self._move_to(Phase.FILLING)
         self._turn.begin()
         self.began_ns = self._round.times.began_ns
 
@@ -356,12 +382,13 @@ class PythonReducer:
     # ---- a round's end ---------------------------------------------------------------------------
 
     def _leave_in_flight(self, current: Round) -> None:
+        self._context.record(Kind.BACKWARD_END)
         try:
             self._launch_rest(current, waits=False)
         except BaseException:
             self._drop(current)
             raise
-        self._phase = move(self._phase, Phase.IN_FLIGHT)
+        self._move_to(Phase.IN_FLIGHT)
 
     def _finish_round(self, then: Phase = Phase.BETWEEN) -> None:
         """Waits until the round's gradients are reduced, and writes them to ``.grad``."""
@@ -371,13 +398,15 @@ class PythonReducer:
         try:
             with profiled("fastddp.reducer::finish_round"):
                 if self._phase is Phase.FILLING:
+                    self._context.record(Kind.BACKWARD_END)
                     self._launch_rest(current, waits=True)
                 current.wait()
             end = time.perf_counter()
         except BaseException:
             self._drop(current, then)
             raise
-        self._round, self._phase = None, move(self._phase, then)
+        self._round = None
+        self._move_to(then)
         manner = current.manner
         has_changed = not manner.is_captured and self._marks.read(
             current.buckets.marks(), at_once=self._is_retired
@@ -387,11 +416,13 @@ class PythonReducer:
         if self._is_lazy:
             current.leave_buckets()
         self.figures.note_round(current.times, start, end, overlaps=manner.is_early)
+        self._show_phase()
         if manner.gives is Gives.BACKWARD:
             self._knows_counts |= not manner.is_retired
             self.figures.note_unused_here(current.unused_here())
         if manner.gives is not Gives.NOTHING:
             self._agreements.schedule.add(manner.is_early, current.times.us_so_far())
+        self._context.record(Kind.ROUND_END, current.step)
         if self._on_news is not None and (has_changed or current.is_empty()):
             self._on_news(News.CHANGED if has_changed else News.EMPTY)
         if current.fill.error is not None:
@@ -404,6 +435,7 @@ class PythonReducer:
     def _launch_rest(self, current: Round, *, waits: bool) -> None:
         """Launches what is left of the round, and what the ranks agree on after it."""
         current.launch_rest(waits=waits)
+        self._on_board.set_launched(len(current.launches))
         gives = current.manner.gives
         if not self._agreements.order_is_learned and gives is not Gives.WHAT_IS_THERE:
             self._agreements.start_with_order(current.order())
@@ -412,6 +444,7 @@ class PythonReducer:
         self._turn.end()
 
     def _abandon_round(self, current: Round) -> None:
+        self._context.record(Kind.ERROR)
         # The backward's own exception is on its way to the user, and says more than an error here.
         # Autograd's thread, with no node running, is on the default stream, which nothing orders
         # behind the round before.
@@ -427,7 +460,17 @@ class PythonReducer:
         """Ends a round that failed. Collectives may write to its buckets; the next has others."""
         self._installation.uninstall([launch.wait for launch in current.launches])
         self._turn.end()
-        self._round, self._phase = None, move(self._phase, then)
+        self._context.record(Kind.ROUND_END, current.step)
+        self._round = None
+        self._move_to(then)
+
+    def _move_to(self, phase: Phase) -> None:
+        self._phase = move(self._phase, phase)
+        self._show_phase()
+
+    def _show_phase(self) -> None:
+        """Shows on the board of this process what this reducer has come to."""
+        self._on_board.set_phase(PHASES.index(self._phase), self.figures.stats.rounds)
 
 
 def _gradient_hook(reducer: weakref.ref[PythonReducer], index: int) -> Callable[..., None]:

@@ -12,6 +12,7 @@ import torch
 from fastddp.device.profiled import profiled
 from fastddp.device.streams import has_streams, home_of
 from fastddp.engine.launch_order import Turn
+from fastddp.engine.python.bucket import Bucket
 from fastddp.engine.python.buckets import Buckets
 from fastddp.engine.python.context import Context
 from fastddp.engine.python.figures import Times
@@ -19,7 +20,8 @@ from fastddp.engine.python.fill import Filling, OneByOne
 from fastddp.engine.python.launchers import Launch, Launcher
 from fastddp.engine.python.manner import Gives, Manner
 from fastddp.engine.python.parameters import Parameter
-from fastddp.engine.python.tensors import put_back
+from fastddp.engine.python.tensors import bytes_in, put_back
+from fastddp.watch.events import Kind
 
 
 class Round:
@@ -27,6 +29,7 @@ class Round:
 
     Args:
         manner: how the round goes.
+        step: how many rounds have ended before.
         parameters: the hooked parameters.
         buckets: the installed plan.
         launcher: the object that sends buckets.
@@ -37,6 +40,7 @@ class Round:
     def __init__(
         self,
         manner: Manner,
+        step: int,
         parameters: Sequence[Parameter],
         buckets: Buckets,
         launcher: Launcher,
@@ -44,6 +48,8 @@ class Round:
         context: Context,
     ) -> None:
         self.manner = manner
+        self.step = step
+        """How many rounds have ended before this one."""
         self.times = Times()
         self.stream = home_of(context.device)
         """The stream that the round began on."""
@@ -110,6 +116,7 @@ class Round:
             for filling in self._fillings:
                 filling.touched.by_current_after_all(self._context.device)
             self.buckets.flags.seal()
+            self._note_launch(self.buckets.flags)
             self.launches.append(self._launcher.start_flags(self.buckets.flags))
 
     def _launch_next(self, *, waits: bool) -> None:
@@ -117,6 +124,7 @@ class Round:
         self.times.note_launch()
         self._allocate(self._next)
         bucket, filling = self.buckets[self._next], self._fillings[self._next]
+        self._context.record(Kind.FILL_BEGIN, bucket.collective.number)
         with profiled("fastddp.reducer::fill_bucket"):
             filling.touched.by_current_after_all(self._context.device)
             bucket.seal()
@@ -125,7 +133,11 @@ class Round:
                     self.fill.put_leftover(place)
         filling.is_launched = True
         self._next += 1
+        self._note_launch(bucket)
         self.launches.append(self._launcher.start(bucket, waits))
+
+    def _note_launch(self, bucket: Bucket) -> None:
+        self._context.record(Kind.LAUNCH, bucket.collective.number, bytes_in(bucket.sent()))
 
     def _allocate(self, number: int) -> None:
         if self.buckets.allocate(number):
@@ -139,7 +151,9 @@ class Round:
             torch.distributed.DistBackendError: if a collective has failed; says which.
         """
         for launch in self.launches:
+            self._context.record(Kind.WAIT_BEGIN, launch.bucket.collective.number)
             self._wait_for(launch)
+            self._context.record(Kind.WAIT_END, launch.bucket.collective.number)
             launch.bucket.cast_back()
 
     def _wait_for(self, launch: Launch) -> None:

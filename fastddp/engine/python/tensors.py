@@ -52,6 +52,13 @@ def empty_sparse(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
     return torch.sparse_coo_tensor(indices, values, shape)
 
 
+def bytes_in(tensor: torch.Tensor) -> int:
+    """Returns the bytes of the elements, and of a sparse tensor's indices."""
+    if not tensor.is_sparse:
+        return tensor.nbytes
+    return tensor._indices().nbytes + tensor._values().nbytes
+
+
 def put_back(param: torch.nn.Parameter, grad: torch.Tensor | None) -> None:
     """Makes ``grad`` the parameter's gradient again, also with a shape and dtype of the script's.
 
