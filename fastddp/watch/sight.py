@@ -21,8 +21,6 @@ from fastddp.watch.view import Facts, Member, View
 
 _PATIENCE_S = 1.5
 """For the answer of a watcher that looks once per second."""
-
-
 _GLANCE_S = 0.25
 
 
@@ -73,7 +71,7 @@ class Sight:
             elapsed_s = (time.monotonic_ns() - since_ns) / 1e9
             used_s = cpu_s_of_tree(board.pid) - before_s
             share = used_s / elapsed_s if since_ns < view.now_ns else 0.0
-            seen = replace(facts, cpu_share=share, killed_for_memory=killed)
+            seen = replace(facts, cpu_share=share, known_s=elapsed_s, killed_for_memory=killed)
             members[rank] = replace(members[rank], facts=seen)
         return replace(view, members=members)
 
@@ -101,7 +99,8 @@ def look_at_me(mine: Snapshot) -> Member:
     used_s += cpu_s_of_tree(pid)
     share = used_s / (time.monotonic() - began)
     workers = tuple(state for _, state in loader_workers(pid))
-    facts = Facts(state_of(pid, mine.born), share, tuple(own()), workers)
+    state = state_of(pid, mine.born)
+    facts = Facts(state, cpu_share=share, frames=tuple(own()), workers=workers)
     return Member(mine.rank or 0, mine, facts)
 
 

@@ -87,6 +87,15 @@ class Stall:
         roots = self.roots
         return bool(roots) and all(absence.cause is Cause.BUSY for absence in roots)
 
+    def is_of_newcomers(self, known_s: float) -> bool:
+        """Returns whether one of the ranks that are waited for has begun only a moment ago.
+
+        Args:
+            known_s: for how many seconds a rank must have been looked at to be judged.
+        """
+        facts = (absence.member.facts for absence in self.roots)
+        return any(each is not None and each.known_s < known_s for each in facts)
+
     @property
     def is_of_unknown(self) -> bool:
         """Whether nothing at all is known of the ranks that are waited for."""

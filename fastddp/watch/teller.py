@@ -64,7 +64,8 @@ class Teller:
         stall = judge(view, view.me, wait, observed_s)
         if wait.source is Source.SCRIPT and not stall.absences:
             return  # all have called it: the transfer takes long
-        factor = _BUSY_FACTOR if stall.is_busy else _UNKNOWN_FACTOR if stall.is_of_unknown else 1
+        is_unknown = stall.is_of_unknown or stall.is_of_newcomers(self._timing.stall_s / 2)
+        factor = _BUSY_FACTOR if stall.is_busy else _UNKNOWN_FACTOR if is_unknown else 1
         if observed_s < factor * self._timing.stall_s:
             return
         if stall.absences:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ class Facts:
     state: State
     cpu_share: float = 0.0
     """How much of one core it and its children have used, since the wait was first seen."""
+    known_s: float = math.inf
+    """For how long it has been looked at; what it has used in a moment says little."""
     frames: tuple[Frame, ...] = ()
     """The stack of its main thread, innermost first; empty where it could not be asked."""
     workers: tuple[State, ...] = ()

@@ -72,6 +72,7 @@ class Rank:
     state: State = STATE[Kind.SLEEPING]
     frames: Sequence[Frame] = AT_LINE
     cpu_share: float = 0.0
+    known_s: float = 60.0
     ending: Ending = Ending.NO
     seen_s_ago: float = 0.5
     hand_overs: int = 0
@@ -104,6 +105,7 @@ class Rank:
         facts = Facts(
             self.state,
             self.cpu_share,
+            self.known_s,
             tuple(self.frames),
             tuple(self.workers),
             self.killed_for_memory,

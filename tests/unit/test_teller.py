@@ -34,6 +34,7 @@ class Mine:
 ALONE = Rank([wait(bucket=1, missing=[1])])
 THERE = Rank([wait(bucket=1)])
 SLEEPS = Rank()
+COMES = Rank(known_s=1.0)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,10 @@ SLEEPS = Rank()
         ([(SLEEPS, 9.0)], 0),
         ([(SLEEPS, 11.0)], 1),
         ([(SLEEPS, 11.0), (SLEEPS, 12.0), (SLEEPS, 21.0)], 2),
+        # It has begun just now: what it has done before is not known.
+        ([(COMES, 11.0), (COMES, 29.0)], 0),
+        ([(COMES, 11.0), (COMES, 31.0)], 1),
+        ([(COMES, 11.0), (SLEEPS, 17.0)], 1),
         # Nobody is missing any more: the collective is about to end, or its transport is stuck.
         ([(THERE, 11.0), (THERE, 20.0)], 0),
         ([(THERE, 11.0), (THERE, 22.0)], 1),
