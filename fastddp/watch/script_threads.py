@@ -30,9 +30,13 @@ def may_begin_collectives() -> bool:
     Works in any thread.
     """
     main = threading.main_thread().ident
-    # Frames keep their locals alive, so none of them is kept when this returns.
     frames = sys._current_frames()
-    return any(_may(frame) for ident, frame in frames.items() if ident != main)
+    try:
+        return any(_may(frame) for ident, frame in frames.items() if ident != main)
+    finally:
+        # The frame of this call is among them, and would keep them all until the next collection of
+        # garbage; with them the locals of the main thread, such as tensors that are lent.
+        frames.clear()
 
 
 def _may(frame: FrameType | None) -> bool:

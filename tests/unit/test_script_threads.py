@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 import torch.distributed as dist
 
 from fastddp.watch.clerk import Clerk
+from fastddp.watch.frames import own
+from fastddp.watch.script_call import collective_of_script
 from fastddp.watch.script_threads import may_begin_collectives
 from fastddp.watch.sequences import sequence_of
 
@@ -74,6 +78,27 @@ def may_one_that_waits(file: str, timeout_s: float | None) -> bool:
     finally:
         over.set()
         thread.join()
+
+
+class Local:
+    """What a function of the main thread refers to."""
+
+
+def _asked_in_another_thread() -> weakref.ref[Local]:
+    local = Local()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(may_begin_collectives).result()
+        pool.submit(own).result()
+        pool.submit(collective_of_script).result()
+    return weakref.ref(local)
+
+
+def test_looking_at_threads_keeps_nothing_of_theirs_alive() -> None:
+    gc.disable()
+    try:
+        assert _asked_in_another_thread()() is None
+    finally:
+        gc.enable()
 
 
 def test_idle_threads_and_our_own_do_not_count() -> None:
