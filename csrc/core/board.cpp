@@ -4,7 +4,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <ctime>
+
+#include "core/events.h"
 
 namespace fastddp::board {
 namespace {
@@ -48,13 +49,6 @@ std::size_t take(std::atomic<std::uint32_t>& taken, std::size_t places) {
 
 void give_back(std::atomic<std::uint32_t>& taken, std::size_t place, std::size_t places) {
   if (place < places) taken.fetch_and(~(std::uint32_t{1} << place));
-}
-
-std::uint64_t monotonic_ns() {
-  timespec now{};
-  ::clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000 +
-         static_cast<std::uint64_t>(now.tv_nsec);
 }
 
 }  // namespace
@@ -103,7 +97,7 @@ void ModelPlace::set_phase(Phase phase, std::uint64_t steps) {
     put(kLastParam, 0);
     put(kLaunched, 0);
   }
-  put(kChanged, monotonic_ns());
+  put(kChanged, events::now());
 }
 
 void ModelPlace::put(Model word, std::uint64_t value) {

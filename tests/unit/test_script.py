@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from fastddp.watch import stack
 from fastddp.watch.stack import Frame
-from tests.unit.forks import Forks, forks
+from tests.unit.forks import Forks
 
 STDLIB = sysconfig.get_path("stdlib")
 TORCH = Path(torch.__file__).parent
@@ -111,18 +110,6 @@ def test_a_line_that_reads_from_the_terminal(tmp_path: Path, line: str, asks: bo
     frame = Frame(str(path), 2, "main")
     assert stack.is_at_breakpoint([frame]) is asks
     assert not stack.is_at_breakpoint([WAITS, frame])
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("scripts")) as started:
-        yield started
-
-
-@pytest.fixture
-def children(parent: Forks) -> Iterator[Forks]:
-    yield parent
-    parent.end_all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="stacks are read through /proc")

@@ -9,14 +9,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fastddp.watch import process, stack
 from fastddp.watch.stack import Frame
-from tests.unit.forks import Asked, Forks, forks
+from tests.unit.forks import Asked, Forks
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="stacks are read through /proc")
 
@@ -29,18 +28,6 @@ import time
 let_ask()
 slumber()
 """
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("scripts")) as started:
-        yield started
-
-
-@pytest.fixture
-def children(parent: Forks) -> Iterator[Forks]:
-    yield parent
-    parent.end_all()
 
 
 def ask_until(asked: Asked, function: str) -> list[Frame]:
